@@ -1,0 +1,159 @@
+"""A rank as a Ray actor, and what Ray says of it when a call fails: the only reader of Ray's exceptions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cloudpickle
+import ray
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from torch.distributed import TCPStore
+
+from raypipe.driver.status import Failed, Finished, Outcome
+from raypipe.driver.versions import NodeInfo
+from raypipe.errors import PeerLost, RaypipeError, StageError, StageLost
+from raypipe.stage.protocol import Progress, RankWork, Worker, run_blocking
+from raypipe.topology import Topology
+from raypipe.transport.base import Wiring
+from raypipe.transport.process_group import ProcessGroupTransport
+from raypipe.transport.rendezvous import join_store, serve_store
+
+__all__ = ["CONTROL", "StageActor", "outcome_of"]
+
+T = TypeVar("T")
+
+CONTROL = "control"
+"""The concurrency group of the calls that are answered while a step runs."""
+
+
+class StageActor:
+    """Hosts one rank's worker. A plain class: ``ray.remote`` is put around it where it is started."""
+
+    def __init__(self, topology: Topology, rank: int, timeout_s: float) -> None:
+        self._topology, self._rank, self._timeout_s = topology, rank, timeout_s
+        self._began = time.monotonic()
+        self._worker: Worker | None = None
+        self._store: TCPStore | None = None
+        self._ended: str | None = None
+
+    def __repr__(self) -> str:
+        # The dashboard's name for the actor, and the prefix of what it prints.
+        return self._topology.label(self._rank)
+
+    def node(self) -> NodeInfo:
+        """Where this rank runs, and the software there."""
+        return NodeInfo.here()
+
+    def serve(self, host: str) -> int:
+        """Opens the store where the ranks find each other; the port. One rank does this and keeps it."""
+
+        def work() -> int:
+            self._store, port = serve_store(host)
+            return port
+
+        return self._run(0, "rendezvous", work)
+
+    def start(self, build: bytes, host: str, port: int, own_host: str, wiring: Wiring, path: Sequence[str]) -> None:
+        """Builds the worker and connects it to the others.
+
+        Args:
+            build: a cloudpickled callable without arguments that returns the rank's ``Worker``.
+            host: where the store is.
+            port: its port.
+            own_host: the address of this rank's node, for its peers.
+            wiring: which ranks talk to which.
+            path: the driver's ``sys.path``, so that the user's modules are found where they exist here.
+        """
+
+        def work() -> None:
+            sys.path.extend(entry for entry in path if entry not in sys.path and Path(entry).exists())
+            worker: Worker = cloudpickle.loads(build)()
+            store = join_store(host, port, self._timeout_s) if self._store is None else self._store
+            transport = ProcessGroupTransport(store, self._rank, wiring, timeout_s=self._timeout_s, host=own_host)
+            worker.connect(transport)
+            self._worker = worker
+
+        self._run(0, "start", work)
+
+    def train_step(self, step: int, batch: Any) -> Any:
+        """One training step; its small report."""
+        return self._step(step, "train_step", lambda worker: worker.train_step(step, batch))
+
+    def forward_step(self, step: int, batch: Any, kind: str) -> Any:
+        """Forwards only."""
+        return self._step(step, kind, lambda worker: worker.forward_step(step, batch, kind))
+
+    def state(self, step: int) -> Any:
+        """The worker's state."""
+        return self._run(step, "state", self._started().state)
+
+    def progress(self) -> Progress:
+        """What this rank is doing. In the control group."""
+        if self._worker is None:
+            return Progress(step=0, action="starting", seconds=time.monotonic() - self._began)
+        return self._worker.progress()
+
+    def close(self) -> None:
+        """Closes the worker, so that its peers fail at once. In the control group."""
+        self._end("it was closed")
+
+    def _step(self, step: int, action: str, begin: Callable[[Worker], RankWork[T]]) -> T:
+        return self._run(step, action, lambda: run_blocking(begin(self._started()), self._timeout_s))
+
+    def _started(self) -> Worker:
+        if self._worker is None:
+            raise PeerLost(None, "this rank was not started")
+        return self._worker
+
+    def _run(self, step: int, action: str, work: Callable[[], T]) -> T:
+        """Runs ``work``; a rank that failed once tells its peers and answers whatever is queued at once."""
+        if self._ended is not None:
+            raise PeerLost(None, f"rank {self._rank} does no more work: {self._ended}")
+        try:
+            return work()
+        except BaseException as error:  # SystemExit too: Ray would take it for the actor's own wish to end
+            self._end(f"it failed in step {step}")
+            if isinstance(error, RaypipeError):
+                raise
+            stage = self._topology.place(self._rank).stage
+            raise StageError(stage, action, step, error) from None
+
+    def _end(self, why: str) -> None:
+        self._ended = self._ended or why
+        if self._worker is not None:
+            # The error on its way to the user counts, not one of closing after it.
+            with contextlib.suppress(Exception):
+                self._worker.close()
+
+
+def outcome_of(call: ray.ObjectRef, rank: int, step: int, topology: Topology) -> Outcome:
+    """Takes a call's result, which must be there, and translates what Ray raises in its place."""
+    stage = topology.place(rank).stage
+    try:
+        return Finished(ray.get(call))
+    except RayTaskError as error:
+        # Ray's exception is an instance of the cause's class and hides its attributes: the cause is inside.
+        cause = error.cause
+        if isinstance(cause, RaypipeError):
+            return Failed(cause)
+        return Failed(StageError(stage, "call", step, cause, trace=str(error)))
+    except (RayActorError, WorkerCrashedError) as error:
+        return Failed(StageLost(stage, rank, _reason(error), step))
+    except Exception as error:
+        # An argument that was lost, a result that this process cannot read, Ray out of memory.
+        return Failed(StageError(stage, "call", step, error))
+
+
+def _reason(error: Exception) -> str:
+    """What Ray knows of a death, without its table of fields and its list of guesses."""
+    text = str(error).strip()
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return text  # it ends with the traceback
+    lines = [line.strip() for line in text.splitlines() if not line.startswith("\t")]
+    known = " ".join(lines[1:] or lines)
+    return known.split(" Some common causes include")[0]

@@ -1,0 +1,150 @@
+"""Ray itself: found, or started on this machine and ended again."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from raypipe.driver import reaper
+from raypipe.driver.ray_private import current_cluster
+from raypipe.errors import ResourcesError
+
+__all__ = ["Session", "check_resources", "start_ray"]
+
+STOP_TIMEOUT_S = 15.0
+
+
+@dataclass
+class Session:
+    """A connection to Ray.
+
+    Attributes:
+        started: whether this session started Ray; then it also ends it.
+    """
+
+    started: bool
+    _reaper: subprocess.Popen[bytes] | None = None
+
+    def stop(self) -> None:
+        """Ends Ray and removes its files, where this session started it. May be called twice.
+
+        Another trainer of this process may use the same Ray by now; then Ray ends with the process.
+        """
+        if not self.started:
+            return
+        if ray.is_initialized() and _others_at_work():
+            return
+        self.started = False
+        ray.shutdown()
+        if self._reaper is not None and self._reaper.stdin is not None:
+            self._reaper.stdin.close()
+            self._reaper.wait(STOP_TIMEOUT_S)
+
+
+def start_ray(ranks: int, resources: Mapping[str, float] | None = None) -> Session:
+    """Joins the Ray that is there, else starts one on this machine.
+
+    In this order: Ray as this process has initialised it; the cluster of ``RAY_ADDRESS``; the cluster that
+    ``ray start`` left on this machine; a new Ray with CPUs for all ranks, real or not, and this machine's GPUs.
+
+    Args:
+        ranks: how many ranks will run.
+        resources: what each of them needs, or None for the default.
+
+    Raises:
+        ResourcesError: ``RAY_ADDRESS`` is set, but no Ray answers there.
+    """
+    if ray.is_initialized():
+        return Session(started=False)
+    wanted = os.environ.get("RAY_ADDRESS")
+    if wanted == "local":
+        wanted = None
+    elif address := wanted or current_cluster():
+        try:
+            ray.init(address=address, logging_level="WARNING")
+            return Session(started=False)
+        except ConnectionError as error:
+            if wanted:
+                raise ResourcesError(
+                    f"no Ray answers at RAY_ADDRESS={wanted}; start one there with `ray start --head`, "
+                    "or unset RAY_ADDRESS so that one is started on this machine"
+                ) from error
+            # The file of a cluster that has crashed since: as if there were none.
+    cpus = ranks * (resources or {}).get("CPU", 1)
+    return _start_here(max(math.ceil(cpus), os.cpu_count() or 1))
+
+
+def check_resources(given: Mapping[str, float] | None) -> dict[str, float] | None:
+    """The user's ``resources_per_stage``, checked.
+
+    Raises:
+        TypeError: it is no dict of names and numbers.
+        ValueError: a number is not positive, or more than one GPU is asked for in fractions.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise TypeError(f"resources_per_stage is {given!r}, but it is a dict such as {{'GPU': 1}}")
+    if not given:
+        raise ValueError("resources_per_stage is empty; name at least one resource, such as {'CPU': 1}")
+    for name, amount in given.items():
+        if not isinstance(name, str) or isinstance(amount, bool) or not isinstance(amount, int | float):
+            raise TypeError(
+                f"resources_per_stage has {name!r}: {amount!r}, but it maps names to numbers, such as {{'GPU': 0.25}}"
+            )
+        if not amount > 0 or math.isinf(amount):
+            raise ValueError(f"resources_per_stage has {name!r}: {amount}, but an amount is a number above 0")
+        if name == "GPU" and amount > 1 and amount != int(amount):
+            raise ValueError(f"resources_per_stage has 'GPU': {amount}, but above 1 only whole GPUs can be given")
+    return dict(given)
+
+
+def _start_here(cpus: int) -> Session:
+    """A Ray of our own, in a folder of its own that goes with it."""
+    # Ray's sockets live under this folder and a socket's path has 107 bytes at most: no long TMPDIR.
+    folder = tempfile.mkdtemp(prefix="raypipe-", dir="/tmp" if os.name == "posix" else None)
+    _choose_token()
+    watcher = _start_reaper(folder)
+    session = Session(started=True, _reaper=watcher)
+    try:
+        # A Ray that ray.init starts sends no usage statistics.
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING", _temp_dir=folder)
+    except BaseException:
+        session.stop()
+        raise
+    return session
+
+
+def _start_reaper(folder: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(Path(reaper.__file__)), folder, str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _choose_token() -> None:
+    """A secret of this process for the Ray that it starts, unless the user has set one.
+
+    Ray would write one to the home folder instead, and that file changes how every later ``ray start`` behaves.
+    """
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _others_at_work() -> bool:
+    """Whether some placement group is still there: the caller has removed its own."""
+    groups = ray.util.placement_group_table().values()
+    return any(group["state"] != "REMOVED" for group in groups)

@@ -1,0 +1,264 @@
+"""The ranks as Ray actors in one placement group."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raypipe.driver.actors import CONTROL, StageActor, outcome_of
+from raypipe.driver.cluster import Session, check_resources, start_ray
+from raypipe.driver.failure import explains, first_cause
+from raypipe.driver.gang import Pending
+from raypipe.driver.interrupts import hold_interrupts
+from raypipe.driver.room import default_resources, reserve
+from raypipe.driver.status import Failed, GroupStatus, Outcome, Running
+from raypipe.driver.stuck import find_stuck
+from raypipe.driver.versions import NodeInfo, check_versions
+from raypipe.driver.watch import Watch
+from raypipe.topology import Topology
+from raypipe.transport.base import Wiring
+
+__all__ = ["RayGang", "launch"]
+
+logger = logging.getLogger("raypipe.driver")
+
+TICK_S = 0.25
+"""How long one look at the calls lasts at most."""
+QUIET_S = 5.0
+"""A step shorter than this is never asked about."""
+ASK_EVERY_S = 2.0
+SETTLE_S = 0.3
+"""How long the others' errors are collected once the cause is known."""
+GRACE_S = 2.0
+"""How long the cause may come after the news of it: neighbours hear of a death before Ray does."""
+LONG_GRACE_S = 20.0
+"""The same where a rank does not even answer: its whole node may be gone, which Ray knows after some 12 s."""
+KILL_TIMEOUT_S = 10.0
+
+
+def launch(
+    topology: Topology,
+    builds: Sequence[bytes],
+    wiring: Wiring,
+    *,
+    resources: Mapping[str, float] | None = None,
+    session: Session | None = None,
+    step_timeout_s: float = 300.0,
+    first_step_timeout_s: float = 1800.0,
+    room_timeout_s: float = 30.0,
+) -> RayGang:
+    """Finds or starts Ray, reserves room, starts the ranks and connects them.
+
+    Args:
+        topology: the grid of ranks.
+        builds: one a rank: a cloudpickled callable without arguments that returns the rank's ``Worker``. An object
+            that stands at several ranks is stored once.
+        wiring: which ranks talk to which.
+        resources: ``resources_per_stage``, or None for the default.
+        session: Ray, which the caller ends; where it is None the gang finds or starts Ray, and ends what it started.
+        step_timeout_s: a rank whose own action lasts longer is stuck.
+        first_step_timeout_s: the same for the start and for the first step of each kind, which compile and warm up.
+        room_timeout_s: how long to wait for room that is taken at the moment.
+
+    Raises:
+        ResourcesError: no room, or nodes that differ in versions.
+        RaypipeError: a rank could not be built, as ``RayGang.wait``.
+        TypeError, ValueError: ``resources`` is no dict of positive numbers.
+    """
+    asked = check_resources(resources)
+    if len(builds) != topology.size:
+        raise ValueError(f"{len(builds)} builds were given for {topology.size} ranks; give one for each")
+    own = start_ray(topology.size, asked) if session is None else None
+    group = None
+    try:
+        bundle = asked or default_resources()
+        name = f"raypipe-{secrets.token_hex(4)}"
+        group = reserve(bundle, topology.size, timeout_s=room_timeout_s, name=name)
+        gang = RayGang(topology, group, bundle, name, own, step_timeout_s, first_step_timeout_s)
+    except BaseException:
+        _tear_down((), group, own)
+        raise
+    try:
+        gang.start(builds, wiring)
+    except BaseException:
+        gang.close()
+        raise
+    return gang
+
+
+class RayGang:
+    """A ``Gang`` of Ray actors; ``launch`` makes one."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        group: PlacementGroup,
+        bundle: Mapping[str, float],
+        name: str,
+        session: Session | None,
+        step_timeout_s: float,
+        first_step_timeout_s: float,
+    ) -> None:
+        self._topology = topology
+        self._step_timeout_s, self._first_step_timeout_s = step_timeout_s, first_step_timeout_s
+        self._known_kinds: set[str] = set()
+        self._step = 0
+        self._failure: GroupStatus | None = None
+        # A wait for a peer ends later than the watch: the watch names the stuck rank, this only ends an orphan's wait.
+        transport_timeout_s = max(step_timeout_s, first_step_timeout_s) + 60.0
+        self._actors = [
+            _actor_class(bundle, group, rank, name).remote(topology, rank, transport_timeout_s)
+            for rank in range(topology.size)
+        ]
+        self._finalizer = weakref.finalize(self, _tear_down, tuple(self._actors), group, session)
+
+    @property
+    def failure(self) -> GroupStatus | None:
+        """What is known of every rank since ``wait`` raised."""
+        return self._failure
+
+    def start(self, builds: Sequence[bytes], wiring: Wiring) -> None:
+        """Compares versions, then builds and connects all ranks."""
+        infos: list[NodeInfo] = self.wait(self._submit(0, "node", lambda actor, rank: actor.node.remote()))
+        check_versions(NodeInfo.here(), infos)
+        host = infos[0].ip
+        (port,) = self.wait(Pending(0, "rendezvous", (self._actors[0].serve.remote(host),)))
+        stored = {id(build): ray.put(build) for build in builds}
+        path = list(sys.path)
+        self.wait(
+            self._submit(
+                0,
+                "start",
+                lambda actor, rank: actor.start.remote(
+                    stored[id(builds[rank])], host, port, infos[rank].ip, wiring, path
+                ),
+            )
+        )
+
+    def put(self, value: Any) -> Any:
+        """Stores a value once in the object store."""
+        return ray.put(value)
+
+    def train_step(self, step: int, batch: Any) -> Pending:
+        """Queues a training step on all ranks, or on none."""
+        name = f"train_step {step}"
+        return self._submit(step, "train", lambda actor, rank: actor.train_step.options(name=name).remote(step, batch))
+
+    def forward_step(self, step: int, batch: Any, kind: str) -> Pending:
+        """Queues forwards only on all ranks, or on none."""
+        name = f"{kind} {step}"
+        return self._submit(
+            step, kind, lambda actor, rank: actor.forward_step.options(name=name).remote(step, batch, kind)
+        )
+
+    def state(self) -> list[Any]:
+        """Every rank's state, by rank."""
+        step = self._step
+        return self.wait(self._submit(step, "state", lambda actor, rank: actor.state.remote(step)))
+
+    def wait(self, pending: Pending) -> list[Any]:
+        """The results in order of ranks, or the first cause; see ``Gang.wait``."""
+        if self._failure is None:
+            status = self._collect(pending)
+            if not status.errors:
+                self._known_kinds.add(pending.kind)
+                return status.values
+            self._failure = status
+            for line in status.others(first_cause(status)):
+                logger.warning("after the failure below, %s", line)
+        raise first_cause(self._failure) from None
+
+    def close(self) -> None:
+        """Ends the actors, frees their room, and ends Ray where the gang started it."""
+        with hold_interrupts():
+            self._finalizer()
+
+    def _submit(self, step: int, kind: str, call: Callable[[Any, int], Any]) -> Pending:
+        """One call on each rank. Ctrl-C waits meanwhile: a rank without the call would leave the others waiting."""
+        self._step = step
+        with hold_interrupts():
+            return Pending(step, kind, tuple(call(actor, rank) for rank, actor in enumerate(self._actors)))
+
+    def _collect(self, pending: Pending) -> GroupStatus:
+        """Waits until all have finished, or one has failed and the cause is known, or one is stuck."""
+        outcomes: list[Outcome] = [Running() for _ in pending.calls]
+        limit_s = self._step_timeout_s if pending.kind in self._known_kinds else self._first_step_timeout_s
+        watch = Watch(self._actors[: len(outcomes)])
+        began = time.monotonic()
+        ask_at, ask_every = began + min(QUIET_S, limit_s / 2), min(ASK_EVERY_S, limit_s / 4)
+        failed_at: float | None = None
+        while True:
+            self._take(pending, outcomes)
+            status, now = GroupStatus(tuple(outcomes)), time.monotonic()
+            if not status.running:
+                return status
+            if status.errors:
+                if failed_at is None:
+                    failed_at = now
+                    watch.poll(status.running)
+                if now - failed_at >= _patience(status, watch):
+                    return status
+            elif now >= ask_at:
+                ask_at = now + ask_every
+                watch.poll(status.running)
+                if stuck := find_stuck(watch.views(status.running), limit_s, self._topology):
+                    rank, error = stuck
+                    outcomes[rank] = Failed(error)
+                    return GroupStatus(tuple(outcomes))
+
+    def _take(self, pending: Pending, outcomes: list[Outcome]) -> None:
+        """Takes what has come; blocks for a moment where nothing has."""
+        rank_of = {call: rank for rank, call in enumerate(pending.calls) if isinstance(outcomes[rank], Running)}
+        calls = list(rank_of)
+        if ray.wait(calls, num_returns=1, timeout=TICK_S)[0]:
+            for call in ray.wait(calls, num_returns=len(calls), timeout=0)[0]:
+                outcomes[rank_of[call]] = outcome_of(call, rank_of[call], pending.step, self._topology)
+
+
+def _patience(status: GroupStatus, watch: Watch) -> float:
+    """How long to wait for more after the first failure."""
+    if explains(status):
+        return SETTLE_S
+    silent = any(view.silent_s > GRACE_S / 2 for view in watch.views(status.running))
+    return LONG_GRACE_S if silent else GRACE_S
+
+
+def _actor_class(bundle: Mapping[str, float], group: PlacementGroup, rank: int, name: str) -> Any:
+    special = {"CPU", "GPU", "memory"}
+    options: dict[str, Any] = {"memory": int(bundle["memory"])} if "memory" in bundle else {}
+    return ray.remote(concurrency_groups={CONTROL: 2})(StageActor).options(
+        name=f"{name}/rank {rank}",
+        num_cpus=bundle.get("CPU", 0),
+        num_gpus=bundle.get("GPU", 0),
+        resources={key: amount for key, amount in bundle.items() if key not in special},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        max_restarts=0,
+        **options,
+    )
+
+
+def _tear_down(actors: Sequence[Any], group: PlacementGroup | None, session: Session | None) -> None:
+    """Ends actors, placement group and session; whatever is gone already is no error."""
+    if ray.is_initialized():
+        # First politely, so that workers can drop their files; a stopped process does not answer, so not for long.
+        farewells = [actor.close.options(concurrency_group=CONTROL).remote() for actor in actors]
+        if farewells:
+            ray.wait(farewells, num_returns=len(farewells), timeout=1.0)
+        for actor in actors:
+            ray.kill(actor)
+        if group is not None:
+            remove_placement_group(group)
+        ends = [actor.node.remote() for actor in actors]
+        if ends:
+            ray.wait(ends, num_returns=len(ends), timeout=KILL_TIMEOUT_S)
+    if session is not None:
+        session.stop()

@@ -1,0 +1,169 @@
+"""The errors of raypipe.
+
+    RaypipeError
+    ├── ScheduleError        a schedule that computes the wrong thing or deadlocks   (also a ValueError)
+    ├── CutError             a model that cannot be split exactly                    (also a ValueError)
+    ├── BatchError           a batch that cannot be split exactly                    (also a ValueError)
+    ├── ResourcesError       the cluster lacks the room, or its nodes do not fit together
+    └── StepError            a step that did not end
+        ├── StageError       an exception of the user's code, or of ours, on one stage
+        ├── StageLost        a stage's process is gone
+        ├── StageStuck       a stage makes no progress
+        └── PeerLost         a neighbour's connection closed: secondary, never the cause
+
+All of them survive pickling with their attributes.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+__all__ = [
+    "BatchError",
+    "CutError",
+    "PeerLost",
+    "RaypipeError",
+    "ResourcesError",
+    "ScheduleError",
+    "StageError",
+    "StageLost",
+    "StageStuck",
+    "StepError",
+]
+
+
+class RaypipeError(Exception):
+    """Any error that raypipe raises by itself."""
+
+
+class ScheduleError(RaypipeError, ValueError):
+    """A schedule that misses or repeats an action, or that can deadlock."""
+
+
+class CutError(RaypipeError, ValueError):
+    """A model that cannot be split exactly; the sentence names both ends of what stands in the way."""
+
+
+class BatchError(RaypipeError, ValueError):
+    """A batch that cannot be cut into microbatches exactly."""
+
+
+class ResourcesError(RaypipeError):
+    """The cluster has no room for all ranks, or its nodes differ in versions."""
+
+
+class StepError(RaypipeError):
+    """A step that did not end."""
+
+
+class StageError(StepError):
+    """An exception on one stage.
+
+    Attributes:
+        stage: number of the stage, from 0.
+        chunk: number of the chunk, or None outside the actions.
+        action: text of the action such as ``2F0``, or a word such as ``optimizer``.
+        microbatch: number of the microbatch, or None outside the actions.
+        step: number of the step, from 0.
+        cause: the exception itself where it could be pickled, else its text.
+        trace: the cause's own traceback as text; it is the end of this error's text.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        action: str,
+        step: int,
+        cause: BaseException | str,
+        *,
+        chunk: int | None = None,
+        microbatch: int | None = None,
+        trace: str | None = None,
+    ) -> None:
+        if trace is None:
+            trace = "".join(traceback.format_exception(cause)) if isinstance(cause, BaseException) else cause
+        self.stage, self.action, self.step, self.cause = stage, action, step, cause
+        self.chunk, self.microbatch, self.trace = chunk, microbatch, trace
+        piece = "" if microbatch is None else f", microbatch {microbatch}"
+        super().__init__(f"stage {stage}, action {action}{piece}, step {step} failed:\n\n{trace.rstrip()}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_stage_error, (
+            self.stage,
+            self.action,
+            self.step,
+            _picklable(self.cause),
+            self.chunk,
+            self.microbatch,
+            self.trace,
+        )
+
+
+class StageLost(StepError):
+    """The process of a stage is gone (killed, out of memory, its node lost).
+
+    Attributes: ``stage``, ``rank``, ``reason`` (what the runtime knows of it), ``step`` (or None).
+    """
+
+    def __init__(self, stage: int, rank: int, reason: str, step: int | None = None) -> None:
+        self.stage, self.rank, self.reason, self.step = stage, rank, reason, step
+        when = "" if step is None else f" in step {step}"
+        super().__init__(f"stage {stage} (rank {rank}) is gone{when}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stage, self.rank, self.reason, self.step)
+
+
+class StageStuck(StepError):
+    """A stage is at one action for longer than ``step_timeout_s``.
+
+    Attributes: ``stage``, ``action``, ``seconds``, ``ranks`` (what every rank was doing, one line each).
+    """
+
+    def __init__(self, stage: int, action: str, seconds: float, ranks: tuple[str, ...] = ()) -> None:
+        self.stage, self.action, self.seconds, self.ranks = stage, action, seconds, ranks
+        lines = "".join(f"\n  {line}" for line in ranks)
+        super().__init__(
+            f"stage {stage} has been at action {action} for {seconds:.0f} s; raise step_timeout_s if that is normal{lines}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stage, self.action, self.seconds, self.ranks)
+
+
+class PeerLost(StepError):
+    """The connection to another rank closed or timed out. It follows a failure elsewhere and never hides it.
+
+    Attributes: ``peer`` (its rank, or None), ``reason``.
+    """
+
+    def __init__(self, peer: int | None, reason: str) -> None:
+        self.peer, self.reason = peer, reason
+        super().__init__(f"lost the connection to {'a peer' if peer is None else f'rank {peer}'}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.peer, self.reason)
+
+
+def _picklable(cause: BaseException | str) -> BaseException | str:
+    """The exception itself where it survives a round of pickling, else its last line."""
+    import cloudpickle
+
+    try:
+        cloudpickle.loads(cloudpickle.dumps(cause))
+    except Exception:
+        return "".join(traceback.format_exception_only(cause)).strip() if isinstance(cause, BaseException) else cause
+    return cause
+
+
+def _rebuild_stage_error(
+    stage: int,
+    action: str,
+    step: int,
+    cause: BaseException | str,
+    chunk: int | None,
+    microbatch: int | None,
+    trace: str,
+) -> StageError:
+    return StageError(stage, action, step, cause, chunk=chunk, microbatch=microbatch, trace=trace)

@@ -1,0 +1,230 @@
+"""Which dimension of which leaf of a batch counts its samples.
+
+Dimension 0 of every tensor whose size there is the batch's, unless the sizes allow another reading: then the caller
+must say. A wrong guess here is a wrong gradient, so nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from raypipe.errors import BatchError
+
+__all__ = ["Leaf", "flatten", "leaf_dims", "shape_of"]
+
+Shape = tuple[int, ...]
+_PLAIN = (bool, int, float, complex, str, bytes, np.generic, enum.Enum, torch.dtype, torch.device)
+
+
+class _Auto(enum.Enum):
+    """No word was said about a leaf (None says that it is shared)."""
+
+    AUTO = enum.auto()
+
+
+_AUTO = _Auto.AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A leaf of a batch and the keys that lead to it."""
+
+    keys: tuple[Any, ...]
+    value: Any
+
+    @property
+    def path(self) -> str:
+        """What a person reads: ``position_ids``, ``[0]['mask']``."""
+        if not self.keys:
+            return "the batch"
+        return str(self.keys[0]) if len(self.keys) == 1 and isinstance(self.keys[0], str) else _brackets(self.keys)
+
+    @property
+    def shape(self) -> Shape | None:
+        return shape_of(self.value)
+
+
+def shape_of(value: Any) -> Shape | None:
+    """The shape of a tensor or array, [length] of a list of plain values, None of anything else."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return tuple(value.shape)
+    return (len(value),) if isinstance(value, (list, tuple)) else None
+
+
+def flatten(batch: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a batch and its structure; a list of plain values (strings, numbers) is one leaf."""
+    return pytree.tree_flatten(_as_dicts(batch), is_leaf=_is_rows)
+
+
+def leaf_dims(
+    batch: Any, batch_dims: Any = None, known: Mapping[tuple[str, int | None], int | None] | None = None
+) -> tuple[list[Leaf], list[int | None]]:
+    """The leaves of a batch, and the batch dimension of each (None: every microbatch shares it whole).
+
+    ``known`` gives it by path and number of dimensions, for leaves of which ``batch_dims`` says nothing.
+
+    Raises:
+        BatchError: it is uncertain, or ``batch_dims`` does not fit the batch.
+    """
+    pairs, _ = pytree.tree_flatten_with_path(_as_dicts(batch), is_leaf=_is_rows)
+    leaves = [Leaf(tuple(_plain_key(key) for key in keys), value) for keys, value in pairs]
+    told = [
+        (known or {}).get((leaf.path, None if leaf.shape is None else len(leaf.shape)), said) if said is _AUTO else said
+        for leaf, said in zip(leaves, _told(leaves, batch_dims), strict=True)
+    ]
+    size = _batch_size(leaves, told)
+    whole = [leaf.shape for leaf in leaves if isinstance(leaf.value, (torch.Tensor, np.ndarray))]
+    return leaves, [_dim(leaf, said, size, whole) for leaf, said in zip(leaves, told, strict=True)]
+
+
+def _dim(leaf: Leaf, said: int | None | _Auto, size: int, whole: Sequence[Shape | None]) -> int | None:
+    """One leaf's batch dimension in a batch of ``size`` samples."""
+    if not isinstance(said, _Auto):
+        return said
+    shape = leaf.shape
+    if shape is None:
+        if leaf.value is not None and not isinstance(leaf.value, _PLAIN):
+            raise BatchError(
+                f"{leaf.path} is a {type(leaf.value).__name__}, which cannot be cut into microbatches: give tensors, "
+                f"or {_hint(leaf, None)} where every microbatch shares it whole"
+            )
+        return None
+    if isinstance(leaf.value, (list, tuple)):
+        if shape[0] != size or all(isinstance(row, str) for row in leaf.value):
+            return 0 if shape[0] == size else None
+        raise _uncertain(leaf, size, 0, f"it is a {type(leaf.value).__name__} of as many plain values")
+    if size not in shape:
+        return None
+    if shape[0] != size:
+        dim = shape.index(size)
+        raise _uncertain(leaf, size, dim, f"dimension {dim} has that size, dimension 0 has not")
+    # Such as position_ids of shape [3, B, S] beside input_ids of shape [B, S] where B happens to be 3.
+    if len(shape) > 1 and shape[1] == size and shape[1:] in whole:
+        raise _uncertain(leaf, size, 1, "dimension 1 has that size too")
+    return 0
+
+
+def _batch_size(leaves: Sequence[Leaf], told: Sequence[int | None | _Auto]) -> int:
+    """The number of samples: what ``batch_dims`` says, else the size that most tensors have in dimension 0."""
+    sizes = {
+        leaf.path: leaf.shape[d] for leaf, d in zip(leaves, told, strict=True) if isinstance(d, int) and leaf.shape
+    }
+    if len(set(sizes.values())) > 1:
+        raise BatchError(f"batch_dims gives tensors of different numbers of samples: {_listed(sizes)}")
+    if not sizes:
+        free = [leaf for leaf, said in zip(leaves, told, strict=True) if said is _AUTO and leaf.shape]
+        tensors = [leaf for leaf in free if not isinstance(leaf.value, (list, tuple))]
+        votes = Counter(leaf.shape[0] for leaf in tensors or free if leaf.shape).most_common()
+        if not votes:
+            raise BatchError(
+                "the batch has no tensor with a batch dimension: give a dict, a pair or another tree of tensors"
+            )
+        best = {size for size, count in votes if count == votes[0][1]}
+        if len(best) > 1:
+            claims = {leaf.path: leaf.shape[0] for leaf in tensors or free if leaf.shape and leaf.shape[0] in best}
+            raise BatchError(
+                f"the number of samples in the batch is uncertain, since dimension 0 has different sizes "
+                f"({_listed(claims)}): say which dimension is the batch, such as {_hint(free[0], 0)}"
+            )
+        sizes = {"": votes[0][0]}
+    size = next(iter(sizes.values()))
+    if size < 1:
+        raise BatchError("the batch has no samples, but a step needs at least one")
+    return size
+
+
+def _told(leaves: Sequence[Leaf], batch_dims: Any) -> list[int | None | _Auto]:
+    """What ``batch_dims`` says of each leaf."""
+    used: set[tuple[Any, ...]] = set()
+    told = [_lookup(leaf, batch_dims, used) if batch_dims is not None else _AUTO for leaf in leaves]
+    for keys in _named(batch_dims):
+        if keys not in used:
+            raise BatchError(
+                f"batch_dims names {keys[-1]!r}, which is not in the batch: it has {', '.join(leaf.path for leaf in leaves)}"
+            )
+    return told
+
+
+def _lookup(leaf: Leaf, node: Any, used: set[tuple[Any, ...]]) -> int | None | _Auto:
+    """Follows a leaf's keys through ``batch_dims``; a number or None above the leaf holds for all that is below."""
+    for depth, key in enumerate(leaf.keys):
+        if isinstance(node, Mapping):
+            if key not in node:
+                return _AUTO
+            node = node[key]
+        elif isinstance(node, (list, tuple)):
+            if not isinstance(key, int) or key >= len(node):
+                raise BatchError(f"batch_dims has a {type(node).__name__} where the batch has none: see {leaf.path}")
+            node = node[key]
+        used.add(leaf.keys[: depth + 1])
+    if isinstance(node, Mapping) and not node:
+        return _AUTO
+    if node is None or leaf.value is None:
+        return None
+    shape = leaf.shape
+    if not isinstance(node, int) or isinstance(node, bool):
+        raise BatchError(f"batch_dims says {node!r} of {leaf.path}, but must give a dimension or None for each leaf")
+    if shape is None or not -len(shape) <= node < len(shape):
+        raise BatchError(
+            f"batch_dims says {node} of {leaf.path}, which has {f'shape {list(shape)}' if shape else 'none'}"
+        )
+    return node % len(shape)
+
+
+def _named(node: Any, keys: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The keys of every entry of ``batch_dims`` that is a dict's."""
+    if isinstance(node, Mapping):
+        return [path for key, below in node.items() for path in ((*keys, key), *_named(below, (*keys, key)))]
+    if isinstance(node, (list, tuple)):
+        return [path for index, below in enumerate(node) for path in _named(below, (*keys, index))]
+    return []
+
+
+def _uncertain(leaf: Leaf, size: int, dim: int, why: str) -> BatchError:
+    shape = list(leaf.shape or ())
+    return BatchError(
+        f"the batch dimension of {leaf.path}, of shape {shape}, is uncertain in a batch of {size} samples ({why}): "
+        f"give {_hint(leaf, dim)}, or None instead of {dim} where every microbatch shares it whole"
+    )
+
+
+def _hint(leaf: Leaf, dim: int | None) -> str:
+    text = repr(dim)
+    for key in reversed(leaf.keys):
+        text = f"{{{key!r}: {text}}}"
+    return f"batch_dims={text}"
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{path} {size}" for path, size in sizes.items())
+
+
+def _brackets(keys: Sequence[Any]) -> str:
+    return "".join(f"[{key!r}]" for key in keys)
+
+
+def _plain_key(key: Any) -> Any:
+    """The dict key, index or attribute name in a pytree key."""
+    for name in ("key", "idx", "name"):
+        if hasattr(key, name):
+            return getattr(key, name)
+    return str(key)
+
+
+def _as_dicts(batch: Any) -> Any:
+    """Tokenizers give mappings that pytrees do not know (UserDict): at the top and in a pair they become dicts."""
+    if isinstance(batch, (tuple, list)) and type(batch) in (tuple, list):
+        return type(batch)(_as_dicts(part) if isinstance(part, Mapping) else part for part in batch)
+    return dict(batch) if isinstance(batch, Mapping) and type(batch) not in pytree.SUPPORTED_NODES else batch
+
+
+def _is_rows(node: Any) -> bool:
+    return isinstance(node, (list, tuple)) and len(node) > 0 and all(isinstance(row, _PLAIN) for row in node)

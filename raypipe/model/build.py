@@ -1,0 +1,117 @@
+"""A model in pieces: a skeleton of husks that every stage holds, and the tensors that one stage holds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+
+from raypipe.model.husk import Husk, husk_of, names_of, replace_tensors
+from raypipe.model.units import find_units
+
+__all__ = ["Skeleton", "dump", "held_state", "make_skeleton", "materialise", "whole_state"]
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """The model's objects without the weights of its units.
+
+    Attributes: ``model``, whose parameters, and whose units' buffers, are husks; ``unit_buffers``, names of the buffers
+    in each unit.
+    """
+
+    model: nn.Module
+    unit_buffers: Mapping[str, tuple[str, ...]]
+
+
+def make_skeleton(model: nn.Module, patterns: Sequence[str] | None = None) -> Skeleton:
+    """The skeleton of a model, which itself is not changed.
+
+    Raises:
+        ValueError: the model cannot be copied; the sentence names the attribute.
+    """
+    parameters, buffers = names_of(model)
+    buffer_names = {id(buffer): name for name, buffer in buffers.items()}
+    units = find_units(model, patterns)
+    unit_buffers = {name: tuple(buffer_names[id(b)] for b in unit.buffers()) for name, unit in units.items()}
+    inside = {name for names in unit_buffers.values() for name in names}
+    husks: dict[int, Tensor] = {id(p): husk_of(p, name, True) for name, p in parameters.items()}
+    husks.update((id(b), husk_of(b, name, False)) for name, b in buffers.items() if name in inside)
+    try:
+        return Skeleton(replace_tensors(model, husks), unit_buffers)
+    except Exception as error:
+        raise ValueError(_unpicklable(model, error)) from None
+
+
+def dump(skeleton: Skeleton) -> bytes:
+    """The skeleton as bytes for other processes; classes of ``__main__`` travel along.
+
+    Raises:
+        ValueError: it cannot be pickled; the sentence names the attribute.
+    """
+    try:
+        return cloudpickle.dumps(skeleton)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ValueError(_unpicklable(skeleton.model, error)) from None
+
+
+def materialise(skeleton: Skeleton, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The stage's model: the skeleton with the husks named in ``tensors`` replaced by them."""
+    parameters, buffers = names_of(skeleton.model)
+    real: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in parameters:
+            real[id(parameters[name])] = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
+        else:
+            real[id(buffers[name])] = tensor
+    return replace_tensors(skeleton.model, real)
+
+
+def whole_state(model: nn.Module, held: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The unsplit model's ``state_dict`` with the values that stages hold.
+
+    Args:
+        model: the unsplit model as the user gave it; what no stage holds keeps its value.
+        held: tensors by first name, a mapping for each stage.
+    """
+    values = {name: tensor for tensors in held for name, tensor in tensors.items()}
+    first_names: dict[int, str] = {}
+    for named in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in named:
+            first_names.setdefault(id(tensor), name)
+    with torch.no_grad():
+        state = model.state_dict(keep_vars=True)
+        return {
+            key: values[first_names[id(value)]]
+            if isinstance(value, Tensor) and first_names.get(id(value)) in values
+            else (value.detach().clone() if isinstance(value, Tensor) else value)
+            for key, value in state.items()
+        }
+
+
+def held_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a stage's model that is no husk, by first name."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if not isinstance(tensor, Husk)}
+
+
+def _unpicklable(model: nn.Module, error: Exception) -> str:
+    """Names the attribute that stands in the way, by trying each one alone."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                cloudpickle.Pickler(io.BytesIO()).dump(value)
+            except Exception as inner:
+                path = f"{name}.{key}" if name else key
+                return (
+                    f"the model cannot be pickled because of its attribute {path!r} ({type(value).__name__}: {inner}); "
+                    "remove it, or make it when it is first used"
+                )
+    return f"the model cannot be pickled ({type(error).__name__}: {error}); a stage gets its slice by pickling"

@@ -1,0 +1,258 @@
+"""How much each microbatch counts in the loss and the gradient of its batch.
+
+A batch's loss is an average over something: its samples, or the targets that are not padding, or what class weights
+make of them. With L_i the loss of microbatch i and w_i what L_i averaged over, the batch's own loss is
+sum(w_i L_i) / sum(w_i), and its gradient likewise. PyTorch's loss functions are watched as they run, and say w_i.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from raypipe.errors import BatchError
+from raypipe.model.microbatch import Microbatch
+
+__all__ = ["Denominators", "LossRule", "Rule", "refuse_batch_norm"]
+
+_RELATIVE = 1e-5  # of float32 sums of class weights
+
+
+class Rule(enum.Enum):
+    """What a microbatch weighs."""
+
+    TARGETS = "targets"
+    """What its loss functions averaged over, known after its forward."""
+    SAMPLES = "samples"
+    """Its samples."""
+    SUM = "sum"
+    """One, and nothing is divided: the batch's loss is the sum of theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossRule:
+    """The rule of a training run.
+
+    Attributes:
+        weight: the rule, or the user's own ``weight(microbatch) -> float``, called with a microbatch's batch.
+        watched: under SAMPLES, whether the loss functions' denominators must follow the samples in each batch.
+    """
+
+    weight: Rule | Callable[[Any], float]
+    watched: bool = False
+
+    @classmethod
+    def given(cls, microbatch_weight: str | Callable[[Any], float]) -> LossRule:
+        """The rule that the user asked for.
+
+        Raises:
+            ValueError: it is neither one of the words nor a callable.
+        """
+        words = [rule.value for rule in Rule]
+        if isinstance(microbatch_weight, str) and microbatch_weight in words:
+            return cls(Rule(microbatch_weight))
+        if isinstance(microbatch_weight, str) or not callable(microbatch_weight):
+            raise ValueError(
+                f"microbatch_weight is {microbatch_weight!r}, but must be one of {words}, "
+                "a callable weight(microbatch) -> float, or None for the rule that a probe finds"
+            )
+        return cls(microbatch_weight)
+
+    @property
+    def needs_denominators(self) -> bool:
+        """Whether the forward that computes the loss must run under ``Denominators``."""
+        return self.weight is Rule.TARGETS or self.watched
+
+    @property
+    def known_before_forward(self) -> bool:
+        """Whether ``weigh`` needs no denominators, so that a batch's total is known before its first forward."""
+        return self.weight is not Rule.TARGETS
+
+    def weigh(self, microbatch: Microbatch, denominators: Sequence[float] = ()) -> float:
+        """A microbatch's weight. One of weight 0 is left out: its own loss may be NaN.
+
+        Raises:
+            BatchError: no loss function that averages was seen, or the user's weight is no number from 0 up.
+        """
+        if self.weight is Rule.SUM:
+            return 1.0
+        if self.weight is Rule.SAMPLES:
+            return float(microbatch.samples)
+        if self.weight is Rule.TARGETS:
+            if not denominators:
+                raise BatchError(
+                    "microbatch_weight is 'targets', but no loss function with reduction 'mean' ran in the forward of "
+                    "this microbatch: give 'samples', 'sum' or a callable"
+                )
+            return denominators[0]
+        weight = float(self.weight(microbatch.batch))  # type: ignore[operator]
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise BatchError(f"microbatch_weight returned {weight}, but a weight is a finite number, 0 or more")
+        return weight
+
+    def total(self, weights: Sequence[float]) -> float:
+        """What the sum of weighted losses and gradients is divided by.
+
+        Raises:
+            BatchError: no microbatch weighs anything, so that the batch's loss would be NaN.
+        """
+        if self.weight is Rule.SUM:
+            return 1.0
+        total = math.fsum(weights)
+        if total <= 0:
+            raise BatchError("no microbatch of the batch has a valid target, so its loss would be NaN: leave it out")
+        return total
+
+    def check(self, weights: Sequence[float], denominators: Sequence[Sequence[float]]) -> None:
+        """Checks that every loss function of the batch averages in the proportion of the weights.
+
+        Args:
+            weights: one for each microbatch.
+            denominators: of each microbatch, one for each loss function.
+
+        Raises:
+            BatchError: two loss functions average over different things, and no weight fits both.
+        """
+        if not self.needs_denominators:
+            return
+        whole = math.fsum(weights)
+        counts = {len(row) for row, weight in zip(denominators, weights, strict=True) if weight}
+        if len(counts) > 1:
+            raise BatchError("microbatches ran different numbers of loss functions: give microbatch_weight")
+        for column in zip(*denominators, strict=False):
+            total = math.fsum(column)
+            for number, (part, weight) in enumerate(zip(column, weights, strict=True)):
+                if abs(part * whole - total * weight) > _RELATIVE * total * whole:
+                    raise BatchError(
+                        f"a loss function averages over {part:g} of {total:g} targets in microbatch {number}, whose "
+                        f"weight is {weight:g} of {whole:g}, so that no weight is right for all terms of the loss: "
+                        "give microbatch_weight, let the model average over samples, or use microbatches=1"
+                    )
+
+
+class Denominators(TorchFunctionMode):
+    """Sees PyTorch's loss functions with reduction ``"mean"`` and records what each averaged over.
+
+    Around the forward that computes the loss::
+
+        with Denominators() as seen:
+            loss = ...
+        weight = rule.weigh(microbatch, seen.values())
+
+    Counted are cross-entropies (targets that are not ignored, weighted by their class), and the element-wise losses
+    and divergences (their elements). The counts stay tensors until ``values``, so nothing waits for a GPU before.
+
+    Args:
+        silenced: let these functions return zero, to look at what else is in a loss.
+    """
+
+    def __init__(self, silenced: bool = False) -> None:
+        super().__init__()
+        self._silenced = silenced
+        self._seen: list[Tensor | int] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        counted = _COUNTED.get(func)
+        if counted is None:
+            return result
+        # Out of sight of other modes: they follow the model, and this is none of it.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            count, signature = counted
+            count_of = count(_arguments(signature, args, kwargs or {}))
+            if count_of is None:
+                return result
+            self._seen.append(count_of)
+            return torch.zeros_like(result) if self._silenced else result
+
+    def values(self) -> tuple[float, ...]:
+        """What each loss function averaged over, in the order in which they ran."""
+        return tuple(float(count) for count in self._seen)
+
+
+def refuse_batch_norm(model: nn.Module, microbatches: int, batch_norm: str | None) -> None:
+    """Refuses BatchNorm over microbatches, unless the user wants their own statistics for them.
+
+    Raises:
+        ValueError: a BatchNorm would use the statistics of a microbatch, or ``batch_norm`` is unknown.
+    """
+    if batch_norm not in (None, "microbatch"):
+        raise ValueError(f"batch_norm is {batch_norm!r}, but must be 'microbatch' or None")
+    if microbatches < 2 or batch_norm == "microbatch":
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__}, whose statistics over a microbatch are not those "
+                "over the batch: give batch_norm='microbatch' to accept that, freeze it by .eval(), or use "
+                "microbatches=1"
+            )
+
+
+def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    average, reduce = given.get("size_average"), given.get("reduce")
+    if average is not None or reduce is not None:  # the words of old, which win over reduction
+        given["reduction"] = "none" if reduce is False else "sum" if average is False else "mean"
+    return given
+
+
+def _cross_entropy(given: dict[str, Any]) -> Tensor | int | None:
+    target, weight = given["target"], given["weight"]
+    if given["reduction"] != "mean":
+        return None
+    if target.is_floating_point():  # probabilities: over rows, whatever the class weights
+        return int(target.numel() // max(1, target.shape[1 if target.dim() > 1 else 0]))
+    ignored = given["ignore_index"]
+    valid = target != (-100 if ignored is None else ignored)
+    if weight is None:
+        return valid.sum()
+    return (weight[torch.where(valid, target, 0)] * valid).sum()
+
+
+def _elements(given: dict[str, Any]) -> Tensor | int | None:
+    if given["reduction"] != "mean":
+        return None
+    weight, size = given.get("weight"), torch.broadcast_shapes(given["input"].shape, given["target"].shape)
+    return weight.sum() if weight is not None else math.prod(size)
+
+
+def _plain_elements(given: dict[str, Any]) -> Tensor | int | None:
+    return _elements({**given, "weight": None})
+
+
+def _divergence(given: dict[str, Any]) -> Tensor | int | None:
+    rows = given["input"].shape[0] if given["reduction"] == "batchmean" and given["input"].dim() else None
+    return rows if rows is not None else _plain_elements(given)
+
+
+_COUNTED: dict[Any, tuple[Callable[[dict[str, Any]], Tensor | int | None], inspect.Signature]] = {
+    function: (count, inspect.signature(function))
+    for name, count in {
+        "cross_entropy": _cross_entropy,
+        "nll_loss": _cross_entropy,
+        "linear_cross_entropy": _cross_entropy,
+        "mse_loss": _elements,
+        "l1_loss": _elements,
+        "smooth_l1_loss": _plain_elements,
+        "huber_loss": _plain_elements,
+        "binary_cross_entropy": _plain_elements,
+        "binary_cross_entropy_with_logits": _plain_elements,
+        "kl_div": _divergence,
+    }.items()
+    if (function := getattr(F, name, None)) is not None
+}

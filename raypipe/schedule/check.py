@@ -1,0 +1,226 @@
+"""The rules that every schedule keeps, the user's own too.
+
+1. Each program computes something: forwards and backwards, no communication (that follows from the programs).
+2. Chunks are numbered from 0 without gaps, each on one stage.
+3. Each chunk and microbatch has one F and one backward: B, or I and W. A forward-only schedule has the F alone.
+4. On its stage F comes before B and I, and I before W.
+5. The backwards of a chunk run in microbatch order: B and I among themselves, B and W among themselves. Both add to
+   gradients, so sums are in one order in every schedule, whatever the number of stages.
+6. With asynchronous messages, nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from ..errors import ScheduleError
+from .action import Action, Op, Programs
+from .draw import draw_programs
+from .dry_run import dry_run, needed_by
+
+__all__ = ["check", "check_count"]
+
+_BEFORE = {Op.BACKWARD: Op.FORWARD, Op.INPUT: Op.FORWARD, Op.WEIGHT: Op.INPUT}
+
+
+class _Plan(NamedTuple):
+    programs: Programs
+    microbatches: int
+    forward_only: bool
+
+    def actions(self) -> Iterator[tuple[int, int, Action]]:
+        """(stage, index, action) of all actions, stage by stage."""
+        for stage, program in enumerate(self.programs):
+            for index, action in enumerate(program):
+                yield stage, index, action
+
+
+class _Fault(NamedTuple):
+    sentence: str
+    spots: tuple[tuple[int, int], ...] = ()
+    missing: tuple[int, Action] | None = None
+
+
+def check(name: str, programs: Programs, microbatches: int, forward_only: bool = False) -> None:
+    """Holds the programs of a schedule against the rules above.
+
+    Args:
+        name: the schedule's name, for the error.
+        programs: for each stage its actions.
+        microbatches: how many microbatches a step has.
+        forward_only: whether the schedule is one for evaluation, without backwards.
+
+    Raises:
+        ScheduleError: the first rule that is broken: one sentence, then the grid with the spot marked, as in ``>2F0<``.
+    """
+    check_count("microbatches", microbatches)
+    plan = _Plan(programs, microbatches, forward_only)
+    for rule in _RULES:
+        for fault in rule(plan):
+            raise ScheduleError(f"schedule {name!r}: {fault.sentence}{_picture(plan, fault)}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Holds that ``value`` is a positive int.
+
+    Raises:
+        TypeError: it is no int (a bool is none).
+        ValueError: it is 0 or negative.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, but it must be an int of at least 1")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, but it must be at least 1")
+
+
+def _picture(plan: _Plan, fault: _Fault) -> str:
+    programs, spots = plan.programs, fault.spots
+    if fault.missing is not None:
+        stage, action = fault.missing
+        spots = ((stage, len(programs[stage])),)
+        programs = (*programs[:stage], (*programs[stage], action), *programs[stage + 1 :])
+    return f"\n\n{draw_programs(programs, marks=spots, crop=True)}" if spots else ""
+
+
+def _content(plan: _Plan) -> Iterator[_Fault]:
+    if not plan.programs:
+        yield _Fault("it has no stages; give one program for each stage")
+    for stage, program in enumerate(plan.programs):
+        if not program:
+            yield _Fault(f"stage {stage} has no actions; give it some, or leave the stage out")
+    for stage, index, action in plan.actions():
+        if not _is_action(action):
+            yield _Fault(f"stage {stage} holds {action!r}, which is no Action; Action.parse makes one of a text")
+        if not action.op.computes:
+            yield _Fault(
+                f"stage {stage} holds {action}, but messages follow from the programs; leave communication out",
+                ((stage, index),),
+            )
+        if plan.forward_only and action.op is not Op.FORWARD:
+            yield _Fault(f"stage {stage} computes {action}, but the schedule is forward-only", ((stage, index),))
+        if action.microbatch >= plan.microbatches:
+            yield _Fault(
+                f"stage {stage} computes {action}, but microbatches are numbered 0 to {plan.microbatches - 1}",
+                ((stage, index),),
+            )
+
+
+def _is_action(value: object) -> bool:
+    # Programs may come from a user's function that no type checker has seen.
+    return isinstance(value, Action)
+
+
+def _placement(plan: _Plan) -> Iterator[_Fault]:
+    stage_of: dict[int, int] = {}
+    for stage, index, action in plan.actions():
+        first = stage_of.setdefault(action.chunk, stage)
+        if first != stage:
+            yield _Fault(
+                f"chunk {action.chunk} is on stage {first} and, with {action}, on stage {stage}; "
+                "keep each chunk on one stage",
+                ((stage, index),),
+            )
+    for stage, index, action in plan.actions():
+        if action.chunk > 0 and action.chunk - 1 not in stage_of:
+            yield _Fault(
+                f"there is a chunk {action.chunk} but no chunk {action.chunk - 1}; number chunks from 0 without gaps",
+                ((stage, index),),
+            )
+
+
+def _once(plan: _Plan) -> Iterator[_Fault]:
+    seen: set[Action] = set()
+    for stage, index, action in plan.actions():
+        chunk, op, microbatch = action.chunk, action.op, action.microbatch
+        if action in seen:
+            yield _Fault(f"stage {stage} computes {action} twice; leave one out", ((stage, index),))
+        others = (Op.INPUT, Op.WEIGHT) if op is Op.BACKWARD else (Op.BACKWARD,) if op is not Op.FORWARD else ()
+        for other in others:
+            if Action(chunk, other, microbatch) in seen:
+                yield _Fault(
+                    f"stage {stage} computes {Action(chunk, other, microbatch)} and {action}, but one backward is "
+                    f"either B, or I and W; leave one out",
+                    ((stage, index),),
+                )
+        seen.add(action)
+
+
+def _complete(plan: _Plan) -> Iterator[_Fault]:
+    seen: set[Action] = set()
+    stage_of: dict[int, int] = {}
+    for stage, _, action in plan.actions():
+        seen.add(action)
+        stage_of[action.chunk] = stage
+    for chunk, stage in sorted(stage_of.items()):
+        for microbatch in range(plan.microbatches):
+            for op in _lacking(seen, chunk, microbatch, plan.forward_only):
+                action = Action(chunk, op, microbatch)
+                yield _Fault(
+                    f"stage {stage} never computes {action}; add it (marked at the end here)", (), (stage, action)
+                )
+
+
+def _lacking(seen: set[Action], chunk: int, microbatch: int, forward_only: bool) -> Iterator[Op]:
+    """The operations that (chunk, microbatch) lacks."""
+    if Action(chunk, Op.FORWARD, microbatch) not in seen:
+        yield Op.FORWARD
+    if forward_only or Action(chunk, Op.BACKWARD, microbatch) in seen:
+        return
+    halves = [op for op in (Op.INPUT, Op.WEIGHT) if Action(chunk, op, microbatch) not in seen]
+    yield from halves if len(halves) < 2 else (Op.BACKWARD,)
+
+
+def _local_order(plan: _Plan) -> Iterator[_Fault]:
+    seen: set[Action] = set()
+    for stage, index, action in plan.actions():
+        seen.add(action)
+        if action.op is not Op.FORWARD:
+            before = Action(action.chunk, _BEFORE[action.op], action.microbatch)
+            if before not in seen:
+                yield _Fault(f"stage {stage} computes {action} before {before}; swap them", ((stage, index),))
+
+
+def _sum_order(plan: _Plan) -> Iterator[_Fault]:
+    for half in (Op.INPUT, Op.WEIGHT):
+        last: dict[int, Action] = {}
+        for stage, index, action in plan.actions():
+            if action.op is not Op.BACKWARD and action.op is not half:
+                continue
+            before = last.get(action.chunk)
+            if before is not None and before.microbatch > action.microbatch:
+                yield _Fault(
+                    f"stage {stage} computes {before} before {action}, but the backwards of a chunk run in microbatch "
+                    "order, so that gradients are summed in one order; sort them",
+                    ((stage, index),),
+                )
+            last[action.chunk] = action
+
+
+def _deadlock(plan: _Plan) -> Iterator[_Fault]:
+    blocked = dry_run(plan.programs).blocked
+    if not blocked:
+        return
+    chunks = 1 + max(action.chunk for _, _, action in plan.actions())
+    waits = []
+    for stage, index in sorted(blocked.items()):
+        action = plan.programs[stage][index]
+        message = needed_by(action, chunks)
+        if message is not None:
+            what = "the gradient" if message.gradient else "the activations"
+            waits.append(f"stage {stage} waits at {action} for {what} of chunk {message.chunk}")
+    shown = ", ".join(waits[:4]) + (f", and {len(waits) - 4} more stages wait" if len(waits) > 4 else "")
+    yield _Fault(
+        f"it deadlocks: {shown}; move what is waited for forward in its program", tuple(sorted(blocked.items()))
+    )
+
+
+_RULES: tuple[Callable[[_Plan], Iterator[_Fault]], ...] = (
+    _content,
+    _placement,
+    _once,
+    _complete,
+    _local_order,
+    _sum_order,
+    _deadlock,
+)

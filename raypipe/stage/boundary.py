@@ -1,0 +1,108 @@
+"""What crosses between two chunks, worked out once per recording: shapes, gradients, memory layout.
+
+A message is contiguous. A transposed tensor (channels last, attention heads) goes in the order of its memory and is seen
+through its own strides again on the other side: kernels choose their path by strides, and equal strides give equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raypipe.errors import CutError
+from raypipe.model.recording import Recording, Value
+from raypipe.tensors import TensorSpec
+
+__all__ = ["Boundary", "boundaries"]
+
+
+class Boundary:
+    """The values of one cut, and how they travel.
+
+    Attributes: ``specs`` of the tensors that go forward; ``gradient_specs`` of those that come back.
+    """
+
+    def __init__(self, recording: Recording, values: Sequence[Value], changed: set[int]) -> None:
+        self._recording, self._values = recording, tuple(values)
+        self._orders = tuple(_memory_order(value) for value in values)
+        self._changed = tuple(value.requires_grad and value.storage in changed for value in values)
+        self._any_changed = any(self._changed)
+        self.specs = tuple(_packed_spec(v, order) for v, order in zip(values, self._orders, strict=True))
+        self._back = tuple(order for v, order in zip(values, self._orders, strict=True) if v.requires_grad)
+        self.gradient_specs = tuple(s for v, s in zip(values, self.specs, strict=True) if v.requires_grad)
+
+    def pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The message of the values' tensors."""
+        return [_pack(t.detach(), order) for t, order in zip(tensors, self._orders, strict=True)]
+
+    def unpack(self, message: Sequence[Tensor], *, training: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The leaves that collect gradients, and the tensors to compute with."""
+        tensors = [_unpack(t, order) for t, order in zip(message, self._orders, strict=True)]
+        if not training:
+            return [], tensors
+        leaves = [t.requires_grad_() for t, v in zip(tensors, self._values, strict=True) if v.requires_grad]
+        if self._any_changed:  # autograd forbids changing a leaf in place
+            tensors = [t.clone() if changed else t for t, changed in zip(tensors, self._changed, strict=True)]
+        return leaves, tensors
+
+    def roots(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the values' tensors that gradients come back for.
+
+        Raises:
+            CutError: a tensor requires a gradient and was not planned to, or the other way round.
+        """
+        for value, tensor in zip(self._values, tensors, strict=True):
+            if tensor.requires_grad != value.requires_grad:
+                raise CutError(
+                    f"{self._recording.describe(value)} {'requires' if tensor.requires_grad else 'does not require'} a "
+                    "gradient, unlike when it was planned; put its maker into one unit with its users (units=[...])"
+                )
+        return [tensor for tensor in tensors if tensor.requires_grad]
+
+    def pack_gradients(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The message of the leaves' gradients; a leaf that none reached still has its place in it."""
+        return [
+            _pack(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, order)
+            for leaf, order in zip(leaves, self._back, strict=True)
+        ]
+
+    def unpack_gradients(self, message: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of ``roots``."""
+        return [_unpack(tensor, order) for tensor, order in zip(message, self._back, strict=True)]
+
+
+def boundaries(recording: Recording, cuts: tuple[int, ...]) -> tuple[Boundary, ...]:
+    """The boundary before each chunk, and an empty one at the end."""
+    windows = recording.windows(cuts)
+    before = [Boundary(recording, w.inputs, recording.mutated_after(w.start)) for w in windows]
+    return (*before, Boundary(recording, (), set()))
+
+
+def _pack(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    return (tensor if order is None else tensor.permute(order)).contiguous()
+
+
+def _unpack(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    return tensor if order is None else tensor.permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _packed_spec(value: Value, order: tuple[int, ...] | None) -> TensorSpec:
+    if order is None:
+        return value.spec
+    return TensorSpec(tuple(value.spec.shape[dim] for dim in order), value.spec.dtype, value.spec.device)
+
+
+def _memory_order(value: Value) -> tuple[int, ...] | None:
+    """The dimensions from the widest stride to the narrowest, or None where that is their own order or not dense."""
+    shape, stride = value.spec.shape, value.stride
+    order = tuple(sorted(range(len(shape)), key=lambda dim: -stride[dim]))
+    if order == tuple(range(len(shape))):
+        return None
+    expected = 1
+    for dim in reversed(order):
+        if shape[dim] != 1 and stride[dim] != expected:
+            return None
+        expected *= shape[dim]
+    return order

@@ -1,0 +1,123 @@
+"""Walks a rank's program: receives, computes, sends, and writes down when.
+
+It knows neither Ray nor threads: where it must wait it yields the handle, and its host decides what that means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Protocol
+
+from torch import Tensor
+
+from raypipe.errors import PeerLost, StageError
+from raypipe.observe.events import Recorder
+from raypipe.schedule import Action, Op
+from raypipe.stage.inbox import Inbox
+from raypipe.stage.program import Item, Message, Program
+from raypipe.stage.protocol import Progress, RankWork
+from raypipe.tensors import TensorSpec
+from raypipe.transport.base import Transport
+
+__all__ = ["Activity", "Computer", "execute"]
+
+
+class Computer(Protocol):
+    """What computes a step's actions and knows the shapes of its messages."""
+
+    in_flight: int
+
+    def specs(self, message: Message) -> Sequence[TensorSpec]:
+        """The tensors of a message, in order."""
+
+    def forward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Takes the tensors of the boundary before the chunk, returns those of the boundary after it."""
+
+    def backward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Takes the gradients of the boundary after the chunk, returns those of the boundary before it."""
+
+
+class Activity:
+    """What a rank is doing now; written by the rank's thread, read by the one that answers questions."""
+
+    def __init__(self) -> None:
+        self._now: tuple[int, object, float, int | None] = (-1, "starting", monotonic(), None)
+
+    def set(self, step: int, action: object, waits_for: int | None = None) -> None:
+        """One assignment, so that a reader never sees half of it."""
+        self._now = (step, action, monotonic(), waits_for)
+
+    def progress(self) -> Progress:
+        """The rank's present state."""
+        step, action, since, waits_for = self._now
+        return Progress(step, str(action), monotonic() - since, waits_for)
+
+
+def execute(
+    program: Program,
+    computer: Computer,
+    transport: Transport,
+    ranks: Mapping[int, int],
+    recorder: Recorder,
+    activity: Activity,
+    step: int,
+) -> RankWork[None]:
+    """Runs one step's actions.
+
+    Args:
+        program: of this rank's stage.
+        computer: of this step.
+        transport: of this rank.
+        ranks: the rank of each stage of this rank's replica.
+        recorder: of this program.
+        activity: told at each action.
+        step: number of the step.
+
+    Raises:
+        StageError: an action failed.
+        PeerLost: a message did not come.
+    """
+    inbox = Inbox(transport, {ranks[s]: messages for s, messages in program.incoming.items()}, computer.specs)
+    own: dict[Message, Sequence[Tensor]] = {}  # between neighbouring chunks of one stage
+    for index, item in enumerate(program.items):
+        turned = monotonic()
+        received: Sequence[Tensor] = ()
+        if item.needs is not None and item.source is not None:
+            if item.source == program.stage:
+                received = own.pop(item.needs)
+            else:
+                handle = inbox.take(ranks[item.source], item.needs)
+                if handle is not None:
+                    activity.set(step, item.action, waits_for=ranks[item.source])
+                    yield handle
+                    received = handle.result()
+        activity.set(step, item.action)
+        start = monotonic()
+        try:
+            made = _compute(computer, item.action, received)
+        except PeerLost:
+            raise
+        except Exception as error:
+            raise _stage_error(program, item, step, error) from error
+        recorder.write(index, turned, start, monotonic(), computer.in_flight)
+        if item.makes is not None and item.target is not None:
+            if item.target == program.stage:
+                own[item.makes] = made
+            elif made:
+                transport.send(ranks[item.target], made)
+
+
+def _compute(computer: Computer, action: Action, received: Sequence[Tensor]) -> Sequence[Tensor]:
+    if action.op is Op.FORWARD:
+        return computer.forward(action.chunk, action.microbatch, received)
+    if action.op is Op.BACKWARD:
+        return computer.backward(action.chunk, action.microbatch, received)
+    raise ValueError(f"action {action} has op {action.op.value}, but this executor runs F and B; use 'gpipe' or '1f1b'")
+
+
+def _stage_error(program: Program, item: Item, step: int, error: Exception) -> StageError:
+    action = item.action
+    return StageError(
+        program.stage, str(action), step, error, chunk=action.chunk, microbatch=action.microbatch
+    )

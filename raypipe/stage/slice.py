@@ -1,0 +1,117 @@
+"""A stage's slice of the model: its weights in the model's own objects, and the recordings that tell it what crosses.
+
+Every rank records for itself: a recording is a pure function of the model and of a microbatch's shapes, so all ranks
+arrive at the same boundary without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from raypipe.model.build import Skeleton, materialise
+from raypipe.model.call import Caller
+from raypipe.model.husk import Husk
+from raypipe.model.intercept import install
+from raypipe.model.record import record
+from raypipe.model.recording import Recording, Window
+from raypipe.model.replay import Seeds, replay
+from raypipe.model.twin import Twin
+from raypipe.model.units import find_units
+
+__all__ = ["Slice", "signature"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class Slice:
+    """The model as one stage has it.
+
+    Args:
+        skeleton: of the whole model.
+        tensors: the parameters and buffers that this stage holds, by name.
+        patterns: the user's ``units``.
+        cuts: the unit call that each chunk but the first starts with.
+        caller: how the model is called.
+
+    Attributes:
+        parameters: the parameters held, by name, in model order.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tensors: Mapping[str, Tensor],
+        patterns: Sequence[str] | None,
+        cuts: tuple[int, ...],
+        caller: Caller,
+    ) -> None:
+        self._twin = Twin(skeleton.model, patterns)
+        self.model = materialise(skeleton, tensors)
+        self._cuts, self._caller = cuts, caller
+        self._switch = install(find_units(self.model, patterns))
+        named = dict(self.model.named_parameters())
+        self._names = {id(parameter): name for name, parameter in named.items()}
+        self.parameters = {name: p for name, p in named.items() if not isinstance(p, Husk)}
+        self._train_modes = [(module, module.training) for module in (*self._modules(),)]
+        self._training = True
+        self._recordings: dict[Any, Recording] = {}
+
+    def set_training(self, training: bool) -> None:
+        """Training runs in the modes that the model came in, evaluation in eval mode."""
+        if training != self._training:
+            self._training = training
+            for module, mode in self._train_modes:
+                module.training = mode and training
+
+    def recording(self, batch: Any) -> Recording:
+        """The recording for a microbatch of this signature, in the present mode and grad mode."""
+        key = (signature(batch), self._training, torch.is_grad_enabled())
+        if key not in self._recordings:
+            # The twin's forward may change its microbatch in place.
+            own = pytree.tree_map_only(Tensor, torch.clone, batch)
+            self._recordings[key] = record(self._twin, lambda model: self._caller.outputs(model, own))
+        return self._recordings[key]
+
+    def windows(self, recording: Recording) -> tuple[Window, ...]:
+        """The chunks of a recording."""
+        return recording.windows(self._cuts)
+
+    def run(
+        self, batch: Any, recording: Recording, window: Window, received: Sequence[Tensor], seeds: Seeds
+    ) -> tuple[list[Tensor], Any]:
+        """Runs one chunk on a microbatch; see ``model.replay.replay``."""
+        return replay(
+            self.model,
+            self._switch,
+            self._names,
+            lambda model: self._caller.outputs(model, batch),
+            recording,
+            window,
+            received,
+            seeds,
+        )
+
+    def _modules(self) -> list[nn.Module]:
+        return [*self.model.modules(), *self._twin.model.modules()]
+
+
+def signature(batch: Any) -> tuple[Any, ...]:
+    """What a recording depends on: the tree, the shapes and dtypes of tensors, and every other leaf itself."""
+    leaves, tree = pytree.tree_flatten(batch)
+    described = tuple(
+        (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else _hashable(leaf) for leaf in leaves
+    )
+    return described, tree
+
+
+def _hashable(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf), repr(leaf)
+    return type(leaf), leaf

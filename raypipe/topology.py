@@ -1,0 +1,54 @@
+"""Where each rank stands: the only arithmetic on ranks.
+
+Ranks are numbered with the tensor index fastest, then the stage, then the replica: the ranks of a tensor group are
+neighbours, then the stages of a pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Place", "Topology"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A rank's coordinates."""
+
+    replica: int
+    stage: int
+    tensor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The grid of ranks: ``replicas`` pipelines of ``stages`` stages of ``tensor`` ranks each."""
+
+    stages: int
+    replicas: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "replicas", "tensor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a topology has at least one of each")
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.replicas * self.stages * self.tensor
+
+    def rank(self, stage: int, replica: int = 0, tensor: int = 0) -> int:
+        """The rank at these coordinates."""
+        return (replica * self.stages + stage) * self.tensor + tensor
+
+    def place(self, rank: int) -> Place:
+        """The coordinates of ``rank``."""
+        above, tensor = divmod(rank, self.tensor)
+        replica, stage = divmod(above, self.stages)
+        return Place(replica, stage, tensor)
+
+    def label(self, rank: int) -> str:
+        """What a person reads: ``stage 2/4 · replica 0 · rank 5`` (stages counted from 1 of their number)."""
+        place = self.place(rank)
+        return f"stage {place.stage + 1}/{self.stages} · replica {place.replica} · rank {rank}"

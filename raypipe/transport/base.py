@@ -1,0 +1,95 @@
+"""What carries tensors between ranks: one small protocol, two pieces of vocabulary.
+
+A transport belongs to one rank. Between two ranks there is one channel for each direction, and a channel keeps the
+sender's order. Nothing here blocks but ``Handle.wait``, so an executor can yield its handles: the Ray backend waits for
+each, the local backend runs another rank instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from raypipe.tensors import TensorSpec
+
+__all__ = ["Done", "Handle", "TensorSpec", "Transport", "Wiring"]
+
+T = TypeVar("T", covariant=True)
+
+
+class Handle(Protocol[T]):
+    """Something that will be there."""
+
+    source: int | None
+    """The rank that is waited for, where it is one."""
+
+    def ready(self) -> bool:
+        """Whether ``wait`` returns at once, as far as that is known without blocking."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Blocks until it is there.
+
+        Raises:
+            PeerLost: a connection closed, or nothing came for ``timeout_s`` seconds.
+        """
+
+    def result(self) -> T:
+        """What came; only after ``wait``, or where ``ready()``."""
+
+
+class Transport(Protocol):
+    """The channels of one rank."""
+
+    rank: int
+    size: int
+
+    def send(self, to: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Sends contiguous tensors to rank ``to``; returns at once and keeps them until they have gone."""
+
+    def receive(self, source: int, specs: Sequence[TensorSpec]) -> Handle[list[torch.Tensor]]:
+        """Posts the receive of the next message from ``source``, whose tensors are as ``specs`` say."""
+
+    def all_gather(self, vector: torch.Tensor, lengths: Sequence[int]) -> Handle[list[torch.Tensor]]:
+        """Every rank's 1-D vector, in order of ranks; rank i's has ``lengths[i]`` elements. Same dtype everywhere."""
+
+    def all_reduce(self, tensors: Sequence[torch.Tensor], ranks: Sequence[int]) -> Handle[None]:
+        """Sums each tensor in place among ``ranks`` (sorted, one of the groups known at construction).
+
+        The result has the same bits on all of them.
+        """
+
+    def flush(self) -> Handle[None]:
+        """Every message that was sent so far has gone."""
+
+    def close(self) -> None:
+        """Closes every connection, so that peers that wait for this rank fail at once. May be called twice."""
+
+
+class Done(Generic[T]):
+    """A handle on what is there already."""
+
+    source: int | None = None
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self, timeout_s: float) -> None:
+        return None
+
+    def result(self) -> T:
+        return self._value
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """Which ranks talk to which: ordered pairs that have a channel, and groups (sorted) that sum among themselves."""
+
+    size: int
+    pairs: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[int, ...], ...] = ()

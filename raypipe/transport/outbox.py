@@ -1,0 +1,94 @@
+"""What was sent to one rank and has not gone yet."""
+
+from __future__ import annotations
+
+import threading
+import time
+from queue import SimpleQueue
+
+from torch.distributed.distributed_c10d import Work
+
+from raypipe.errors import PeerLost
+from raypipe.transport.gloo import wait_for
+
+__all__ = ["Flush", "Outbox"]
+
+_FOREVER_S = 10 * 365 * 86400.0  # a late receiver is no fault of the sender: deadlines belong to waits
+
+
+class Outbox:
+    """Holds each message of one channel until it has gone, then lets go of its memory.
+
+    A send of gloo says that it is complete only to whoever waits for it, so a thread waits; it needs the interpreter
+    for some microseconds a message.
+    """
+
+    def __init__(self, to: int) -> None:
+        self.to = to
+        self.put_count = 0
+        self._gone_count = 0
+        self._lost: PeerLost | None = None
+        self._works: SimpleQueue[Work | None] = SimpleQueue()
+        self._change = threading.Condition()
+        self._thread = threading.Thread(target=self._drain, name=f"raypipe-outbox-{to}", daemon=True)
+        self._thread.start()
+
+    def put(self, work: Work) -> None:
+        """Takes a send that was started."""
+        self.put_count += 1
+        self._works.put(work)
+
+    def gone(self, count: int) -> bool:
+        """Whether the first ``count`` sends are over."""
+        return self._gone_count >= count
+
+    def wait(self, count: int, timeout_s: float) -> None:
+        """Blocks until the first ``count`` sends have gone.
+
+        Raises:
+            PeerLost: one of them failed, or ``timeout_s`` seconds went by.
+        """
+        with self._change:
+            if not self._change.wait_for(lambda: self._gone_count >= count, timeout_s):
+                raise PeerLost(self.to, f"it took nothing for {timeout_s:g} s")
+            if self._lost is not None:
+                raise self._lost
+
+    def close(self) -> None:
+        """Ends the thread. The connection must be severed already, or the thread may wait for the peer."""
+        self._works.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+
+    def _drain(self) -> None:
+        while (work := self._works.get()) is not None:
+            lost = None
+            try:
+                wait_for(work, self.to, _FOREVER_S, _FOREVER_S)
+            except PeerLost as error:
+                lost = error
+            del work  # it holds the tensor, and the next get() may block for long
+            with self._change:
+                self._lost = self._lost or lost
+                self._gone_count += 1
+                self._change.notify_all()
+
+
+class Flush:
+    """A handle on everything that was put into ``outboxes`` before it was made."""
+
+    def __init__(self, outboxes: list[Outbox]) -> None:
+        self._marks = [(outbox, outbox.put_count) for outbox in outboxes]
+        self.source: int | None = self._marks[0][0].to if self._marks else None
+
+    def ready(self) -> bool:
+        return all(outbox.gone(count) for outbox, count in self._marks)
+
+    def wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for outbox, count in self._marks:
+            self.source = outbox.to
+            outbox.wait(count, max(deadline - time.monotonic(), 0.0))
+
+    def result(self) -> None:
+        return None

@@ -1,0 +1,23 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from raypipe.driver.cluster import Session
+
+RANKS = 16
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Session]:
+    """One Ray for the whole run, with room for 16 ranks of one (logical) CPU."""
+    from raypipe.driver.cluster import start_ray
+
+    session = start_ray(RANKS)
+    yield session
+    session.stop()

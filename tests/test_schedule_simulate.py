@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+from raypipe.schedule import Costs, Schedule, Span, build, names
+from raypipe.schedule.dry_run import given_by, needed_by
+
+sizes = st.integers(1, 10)
+quarters = st.integers(0, 40).map(lambda n: n / 4)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("stages", "microbatches", "makespan"), [(4, 8, 33), (8, 32, 117), (1, 5, 15), (5, 1, 15)])
+def test_known_makespans(name: str, stages: int, microbatches: int, makespan: float) -> None:
+    assert build(name, stages, microbatches).simulate().makespan == makespan
+
+
+@given(st.sampled_from(names()), sizes, sizes, quarters, quarters)
+def test_closed_form_of_makespan_and_bubble(
+    name: str, stages: int, microbatches: int, forward: float, backward: float
+) -> None:
+    if microbatches < stages and name == "1f1b":
+        microbatches += stages  # the closed form is that of a filled pipeline
+    found = build(name, stages, microbatches).simulate(Costs(forward=forward, backward=backward))
+    slots = microbatches + stages - 1
+    assert found.makespan == slots * (forward + backward)
+    if found.makespan:
+        assert found.bubble == pytest.approx((stages - 1) / slots)
+        assert found.stage_bubbles == pytest.approx([(stages - 1) / slots] * stages)
+    else:
+        assert found.bubble == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "microbatches", "makespan"),
+    [
+        ("Interleaved1F1B", 4, 8, 28.5),
+        ("Interleaved1F1B", 8, 32, 106.5),
+        ("InterleavedZeroBubble", 4, 8, 25.5),
+        ("InterleavedZeroBubble", 8, 32, 99.5),
+        ("ZBVZeroBubble", 4, 8, 25.5),
+        ("ZBVZeroBubble", 8, 32, 99.5),
+    ],
+)
+def test_torchs_schedules_of_two_chunks_a_stage(name: str, stages: int, microbatches: int, makespan: float) -> None:
+    rows = get_schedule_ops(name, stages, microbatches)
+    text = "\n".join(",".join("" if action is None else str(action) for action in row) for row in rows)
+    half = Costs(forward=0.5, backward=1.0, input=0.5, weight=0.5)  # a chunk is half a stage
+    assert Schedule.from_csv(text).simulate(half).makespan == makespan
+
+
+def test_latency_counts_between_stages_only() -> None:
+    assert build("gpipe", 3, 1).simulate(Costs(latency=0.25)).makespan == 9 + 4 * 0.25
+    alone = Schedule.from_csv("0F0,1F0,1B0,0B0")
+    assert alone.simulate(Costs(latency=5)).makespan == 6
+
+
+def test_costs_by_chunk() -> None:
+    found = build("gpipe", 2, 2).simulate(Costs(forward=(1.0, 4.0), backward=(3.0, 2.0)))
+    times = {str(span.action): (span.start, span.end) for span in found.spans}
+    assert times == {
+        "0F0": (0, 1),
+        "0F1": (1, 2),
+        "1F0": (1, 5),
+        "1F1": (5, 9),
+        "1B0": (9, 11),
+        "1B1": (11, 13),
+        "0B0": (11, 14),
+        "0B1": (14, 17),
+    }
+    assert found.stage_bubbles == pytest.approx((1 - 8 / 17, 1 - 12 / 17))
+    assert found.bubble == pytest.approx(1 - 20 / 34)
+
+
+def test_the_weight_gradient_apart_is_held_until_it_is_computed() -> None:
+    schedule = Schedule.from_csv("0F0,0I0,0F1,0I1,0W0,0W1")
+    found = schedule.simulate(Costs(input=1.5, weight=0.5))
+    assert found.peak_in_flight == (2,)
+    assert found.makespan == 6
+
+
+@given(st.sampled_from(names()), sizes, sizes, quarters, quarters, quarters)
+def test_nothing_starts_before_its_message_or_its_turn(
+    name: str, stages: int, microbatches: int, forward: float, backward: float, latency: float
+) -> None:
+    schedule = build(name, stages, microbatches)
+    found = schedule.simulate(Costs(forward=forward, backward=backward, latency=latency))
+    givers = {given_by(span.action): span for span in found.spans}
+    by_stage: dict[int, list[Span]] = defaultdict(list)
+    for span in found.spans:
+        before = by_stage[span.stage][-1:]
+        need = needed_by(span.action, schedule.chunks)
+        earliest = [other.end for other in before] + ([] if need is None else [givers[need].end + latency])
+        assert span.start == max(earliest, default=0.0)
+        by_stage[span.stage].append(span)
+    assert tuple(tuple(span.action for span in by_stage[stage]) for stage in range(stages)) == schedule.programs
+
+
+def test_forward_only_keeps_nothing() -> None:
+    found = build("1f1b", 4, 8).forwards(6).simulate()
+    assert found.makespan == 9
+    assert found.peak_in_flight == (1, 1, 1, 1)
+
+
+def test_a_large_schedule_is_built_and_simulated_in_seconds() -> None:
+    start = time.process_time()
+    found = build("1f1b", 64, 1024).simulate()
+    assert found.makespan == 3 * (1024 + 63)
+    assert len(found.spans) == 2 * 64 * 1024
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"forward": -1.0}, ValueError, "the cost forward is -1.0, but costs are finite and not negative"),
+        ({"weight": (1.0, float("nan"))}, ValueError, "the cost weight is"),
+        ({"backward": "2"}, TypeError, "the cost backward is '2', but it must be a number, or a tuple"),
+        ({"input": [1.0, 2.0]}, TypeError, "or a tuple with one for each chunk"),
+        ({"latency": (1.0,)}, TypeError, "the cost latency is .* must be a number"),
+    ],
+)
+def test_wrong_costs_are_refused(arguments: dict[str, float], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        Costs(**arguments)
+
+
+def test_costs_of_another_number_of_chunks_are_refused() -> None:
+    with pytest.raises(ValueError, match="the cost forward has 3 numbers, but there are 2 chunks; give one each"):
+        build("gpipe", 2, 2).simulate(Costs(forward=(1.0, 1.0, 1.0)))
