@@ -47,7 +47,9 @@ def test_a_clock_older_than_the_call_says_nothing() -> None:
 
 
 def test_a_rank_that_does_not_answer_is_stuck_even_if_it_waited_before() -> None:
-    found = stuck(view(0, waits_for=1, silent_s=12, seconds=0), view(1, seconds=50, waits_for=0), view(2, finished=True))
+    found = stuck(
+        view(0, waits_for=1, silent_s=12, seconds=0), view(1, seconds=50, waits_for=0), view(2, finished=True)
+    )
     assert found is not None
     assert found[0] == 0
     assert "has not answered for 12 s" in found[1].ranks[0]

@@ -8,7 +8,7 @@ read through ``ParquetFile.iter_batches`` with a buffered stream, which holds on
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -135,7 +135,9 @@ def find_files(path: str) -> list[tuple[Any, str]]:
     return [(filesystem, name) for name in chosen]
 
 
-def _slices(files: ParquetFiles, groups: Sequence[RowGroup], skip: int, slice_rows: int) -> Any:
+def _slices(
+    files: ParquetFiles, groups: Sequence[RowGroup], skip: int, slice_rows: int
+) -> Generator[pa.RecordBatch, None, None]:
     for group in groups:
         if skip >= group.rows:
             skip -= group.rows

@@ -44,8 +44,9 @@ def parquet(
     shuffled only among their neighbours. The order is a pure function of both seeds and the epoch, for the same files,
     columns and ``buffer_mb``.
 
-    One thread reads ahead. Memory is bounded by about ``buffer_mb``, a few batches, and 256 KiB and a page of each
-    column for each lane, whatever the size of files and row groups. To start inside an epoch costs one window, and the
+    One thread reads ahead. It holds about ``buffer_mb`` of rows, a few batches, and 256 KiB and a page of each column
+    for each lane, whatever the size of files and row groups; the process grows by up to twice ``buffer_mb``, since the
+    allocator keeps some of what was freed. To start inside an epoch costs one window, and the
     decoding of at most 8 row groups up to where their lanes go on; what lies before is not read.
 
     Args:

@@ -21,20 +21,28 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Array:
-    """A tensor: its values (or bits, where NumPy lacks its dtype), and what an array does not tell."""
+    """A tensor: its values (or bits, where NumPy lacks its dtype), and what an array does not tell.
+
+    ``stride`` is None where it is contiguous.
+    """
 
     values: numpy.ndarray[Any, Any]
     dtype: torch.dtype
-    stride: tuple[int, ...]
+    stride: tuple[int, ...] | None
     requires_grad: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """A packed batch. It pickles; its arrays go out of band with pickle's protocol 5."""
+    """A packed batch. It pickles; its arrays go out of band with pickle's protocol 5.
+
+    Attributes:
+        leaves: tensors' arrays, and everything else as it was.
+        nodes: the structure around them.
+    """
 
     leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
+    nodes: Any
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +64,7 @@ def pack(tree: Any) -> Wire:
     leaves, spec = pytree.tree_flatten(pytree.tree_map(_plain, tree))
     # The same object twice (labels that are the inputs) stays one.
     packed = {id(leaf): _pack_leaf(leaf) for leaf in leaves}
-    return Wire(tuple(packed[id(leaf)] for leaf in leaves), spec)
+    return Wire(tuple(packed[id(leaf)] for leaf in leaves), _nodes(spec))
 
 
 def unpack(wire: Wire) -> Any:
@@ -64,9 +72,29 @@ def unpack(wire: Wire) -> Any:
 
     Tensors have the dtype, shape, strides and ``requires_grad`` that they were packed with; NumPy arrays have become
     tensors.
+
+    Raises:
+        TypeError: the batch holds a class that was registered as a pytree where it was packed, but not here.
     """
     unpacked = {id(leaf): _unpack_leaf(leaf) for leaf in wire.leaves}
-    return pytree.tree_unflatten([unpacked[id(leaf)] for leaf in wire.leaves], wire.spec)
+    return pytree.tree_unflatten([unpacked[id(leaf)] for leaf in wire.leaves], _spec(wire.nodes))
+
+
+def _nodes(spec: pytree.TreeSpec) -> Any:
+    """A tree's structure as plain tuples, because unpickling PyTorch's own warns; None is a leaf."""
+    return None if spec.is_leaf() else (spec.type, spec.context, tuple(map(_nodes, spec.children())))
+
+
+def _spec(nodes: Any) -> pytree.TreeSpec:
+    if nodes is None:
+        return pytree.tree_structure(0)
+    kind, context, children = nodes
+    if kind not in pytree.SUPPORTED_NODES:
+        raise TypeError(
+            f"a batch holds a {kind.__qualname__}, which is no pytree in this process: register it in the module that "
+            "defines it, so that every process that imports the class knows it"
+        )
+    return pytree.TreeSpec(kind, context, [_spec(child) for child in children])
 
 
 def _plain(leaf: Any) -> Any:
@@ -88,7 +116,7 @@ def _pack_leaf(leaf: Any) -> Any:
     except TypeError:
         array = values.view(_BITS[values.dtype.itemsize]).numpy()
     # Strides of a dense layout (channels last) are kept, since kernels choose by them; gaps and overlaps are not.
-    stride = torch.empty_like(values, device="meta").stride()
+    stride = None if values.is_contiguous() else torch.empty_like(values, device="meta").stride()
     return _Array(array, leaf.dtype, stride, leaf.requires_grad)
 
 
@@ -99,7 +127,7 @@ def _pack_array(array: numpy.ndarray[Any, Any]) -> Any:
         dtype = torch.from_numpy(numpy.empty(0, native.dtype)).dtype
     except TypeError:
         return array
-    return _Array(native, dtype, torch.empty(native.shape, device="meta").stride(), requires_grad=False)
+    return _Array(native, dtype, None, requires_grad=False)
 
 
 def _unpack_leaf(leaf: Any) -> Any:
@@ -107,7 +135,11 @@ def _unpack_leaf(leaf: Any) -> Any:
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
     if not isinstance(leaf, _Array):
         return leaf.copy() if isinstance(leaf, numpy.ndarray) else leaf
-    tensor = torch.empty_strided(leaf.values.shape, leaf.stride, dtype=leaf.dtype)
+    shape = leaf.values.shape
+    if leaf.stride is None:
+        tensor = torch.empty(shape, dtype=leaf.dtype)
+    else:
+        tensor = torch.empty_strided(shape, leaf.stride, dtype=leaf.dtype)
     try:
         target = tensor.numpy()
     except TypeError:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
 from raypipe.driver import reaper
-from raypipe.driver.ray_private import current_cluster
+from raypipe.driver.ray_private import TOKEN_NOTICE, current_cluster
 from raypipe.errors import ResourcesError
 
 __all__ = ["Session", "check_resources", "start_ray"]
@@ -112,12 +114,12 @@ def _start_here(cpus: int) -> Session:
     """A Ray of our own, in a folder of its own that goes with it."""
     # Ray's sockets live under this folder and a socket's path has 107 bytes at most: no long TMPDIR.
     folder = tempfile.mkdtemp(prefix="raypipe-", dir="/tmp" if os.name == "posix" else None)
-    _choose_token()
     watcher = _start_reaper(folder)
     session = Session(started=True, _reaper=watcher)
     try:
         # A Ray that ray.init starts sends no usage statistics.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING", _temp_dir=folder)
+        with _own_token():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING", _temp_dir=folder)
     except BaseException:
         session.stop()
         raise
@@ -134,14 +136,24 @@ def _start_reaper(folder: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _choose_token() -> None:
-    """A secret of this process for the Ray that it starts, unless the user has set one.
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """A secret of this process for the Ray that it starts, unless the user has made a choice.
 
     Ray would write one to the home folder instead, and that file changes how every later ``ray start`` behaves.
     """
-    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        yield
+        return
+    # It stays in the environment: Ray reads it once a process, so a second start must find the same.
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    notice = logging.getLogger(TOKEN_NOTICE)
+    before = notice.level
+    notice.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        notice.setLevel(before)
 
 
 def _others_at_work() -> bool:

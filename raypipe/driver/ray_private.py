@@ -1,4 +1,4 @@
-"""The two things of Ray that have no public name. Everything private of Ray that raypipe uses is in this file."""
+"""What of Ray has no public name. Everything private of Ray that raypipe uses is in this file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import cast
 import ray._private.state
 import ray._private.utils
 
-__all__ = ["current_cluster", "free_by_node"]
+__all__ = ["TOKEN_NOTICE", "current_cluster", "free_by_node"]
+
+TOKEN_NOTICE = "ray._private.authentication.authentication_token_setup"
+"""The logger that warns of a token where nobody asked for one, before the level given to ``ray.init`` counts."""
 
 
 def current_cluster() -> str | None:

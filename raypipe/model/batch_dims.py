@@ -85,7 +85,7 @@ def leaf_dims(
     return leaves, [_dim(leaf, said, size, whole) for leaf, said in zip(leaves, told, strict=True)]
 
 
-def _dim(leaf: Leaf, said: int | None | _Auto, size: int, whole: Sequence[Shape | None]) -> int | None:
+def _dim(leaf: Leaf, said: int | _Auto | None, size: int, whole: Sequence[Shape | None]) -> int | None:
     """One leaf's batch dimension in a batch of ``size`` samples."""
     if not isinstance(said, _Auto):
         return said
@@ -112,7 +112,7 @@ def _dim(leaf: Leaf, said: int | None | _Auto, size: int, whole: Sequence[Shape 
     return 0
 
 
-def _batch_size(leaves: Sequence[Leaf], told: Sequence[int | None | _Auto]) -> int:
+def _batch_size(leaves: Sequence[Leaf], told: Sequence[int | _Auto | None]) -> int:
     """The number of samples: what ``batch_dims`` says, else the size that most tensors have in dimension 0."""
     sizes = {
         leaf.path: leaf.shape[d] for leaf, d in zip(leaves, told, strict=True) if isinstance(d, int) and leaf.shape
@@ -141,19 +141,20 @@ def _batch_size(leaves: Sequence[Leaf], told: Sequence[int | None | _Auto]) -> i
     return size
 
 
-def _told(leaves: Sequence[Leaf], batch_dims: Any) -> list[int | None | _Auto]:
+def _told(leaves: Sequence[Leaf], batch_dims: Any) -> list[int | _Auto | None]:
     """What ``batch_dims`` says of each leaf."""
     used: set[tuple[Any, ...]] = set()
     told = [_lookup(leaf, batch_dims, used) if batch_dims is not None else _AUTO for leaf in leaves]
     for keys in _named(batch_dims):
         if keys not in used:
             raise BatchError(
-                f"batch_dims names {keys[-1]!r}, which is not in the batch: it has {', '.join(leaf.path for leaf in leaves)}"
+                f"batch_dims names {keys[-1]!r}, which is not in the batch, which has "
+                f"{', '.join(leaf.path for leaf in leaves)}"
             )
     return told
 
 
-def _lookup(leaf: Leaf, node: Any, used: set[tuple[Any, ...]]) -> int | None | _Auto:
+def _lookup(leaf: Leaf, node: Any, used: set[tuple[Any, ...]]) -> int | _Auto | None:
     """Follows a leaf's keys through ``batch_dims``; a number or None above the leaf holds for all that is below."""
     for depth, key in enumerate(leaf.keys):
         if isinstance(node, Mapping):
@@ -189,10 +190,12 @@ def _named(node: Any, keys: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def _uncertain(leaf: Leaf, size: int, dim: int, why: str) -> BatchError:
-    shape = list(leaf.shape or ())
+    dims = [d for d, length in enumerate(leaf.shape or ()) if length == size and d != dim]
+    others = "".join(f"{d} or " for d in dims)
     return BatchError(
-        f"the batch dimension of {leaf.path}, of shape {shape}, is uncertain in a batch of {size} samples ({why}): "
-        f"give {_hint(leaf, dim)}, or None instead of {dim} where every microbatch shares it whole"
+        f"the batch dimension of {leaf.path}, of shape {list(leaf.shape or ())}, is uncertain in a batch of {size} "
+        f"samples ({why}): give {_hint(leaf, dim)}, with {others}None instead of {dim} if that is right (None: every "
+        "microbatch shares it whole)"
     )
 
 

@@ -2,8 +2,8 @@
 
 | batch | call | loss |
 | --- | --- | --- |
-| a mapping | ``model(**batch)`` | the outputs' own, or ``loss(outputs, batch)`` |
-| a pair (inputs, targets) | ``model(inputs)``, ``model(*inputs)`` for a tuple | the outputs' own, or ``loss(outputs, targets)`` |
+| a mapping | ``model(**batch)`` | the model's own, or ``loss(outputs, batch)`` |
+| a pair (inputs, targets) | ``model(inputs)``, or ``model(*inputs)`` for a tuple | ... or ``loss(outputs, targets)`` |
 | anything, with ``forward`` | ``forward(model, batch)`` | as for a mapping |
 """
 

@@ -100,6 +100,11 @@ class BatchLayout:
             return False
         return True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A TreeSpec does not unpickle without a warning; a tree without values does.
+        tree = pytree.tree_unflatten([None] * len(self.dims), self.structure)
+        return _rebuild, (tree, self.paths, self.dims, self.ranks)
+
     def _leaves(self, batch: Any) -> list[Any]:
         leaves, structure = flatten(batch)
         if structure != self.structure:
@@ -180,6 +185,12 @@ def find_layout(batch: Any, batch_dims: Any = None, *, known: BatchLayout | None
     layout = BatchLayout(structure, tuple(leaf.path for leaf in leaves), tuple(dims), ranks)
     layout.samples(batch)
     return layout
+
+
+def _rebuild(
+    tree: Any, paths: tuple[str, ...], dims: tuple[int | None, ...], ranks: tuple[int | None, ...]
+) -> BatchLayout:
+    return BatchLayout(flatten(tree)[1], paths, dims, ranks)
 
 
 def _known_dims(known: BatchLayout | None) -> dict[tuple[str, int | None], int | None]:

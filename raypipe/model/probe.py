@@ -14,42 +14,26 @@ What cannot be known: a term that is smaller than the tolerance beside the other
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from raypipe.errors import BatchError
 from raypipe.model.call import Caller
 from raypipe.model.microbatch import BatchLayout
-from raypipe.model.quiet import quiet
 from raypipe.model.shorten import shortened
-from raypipe.model.weights import Denominators, LossRule, Rule
+from raypipe.model.trial_run import Observe, Observed, in_process, tolerance_of
+from raypipe.model.weights import LossRule, Rule
 
-__all__ = ["Observe", "Observed", "find_rule", "probe"]
+__all__ = ["find_rule", "probe"]
 
 _ALIKE = 1e-2  # losses that differ by less, relatively, do not tell rules apart
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """A loss, and what each loss function on its way averaged over."""
-
-    loss: float
-    denominators: tuple[float, ...] = ()
-
-
-class Observe(Protocol):
-    """Runs a model's forward on a batch, without randomness, and leaves no trace."""
-
-    def __call__(self, batch: Any, *, silenced: bool = False, shaken: bool = False) -> Observed:
-        """``silenced``: loss functions return zero; ``shaken``: with noise on the last parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +67,9 @@ class _Trial:
         weights = self.weights(rule)
         if weights is None or not any(weights):
             return False
-        terms = [w * piece.loss for w, piece in zip(weights, self.pieces, strict=True) if w]
-        predicted = math.fsum(terms) / (1.0 if rule is Rule.SUM else math.fsum(weights))
-        scale = max(abs(loss) for loss in (*terms, self.joined.loss, predicted))
+        counted = [(w, piece.loss) for w, piece in zip(weights, self.pieces, strict=True) if w]
+        predicted = math.fsum(w * loss for w, loss in counted) / (1.0 if rule is Rule.SUM else math.fsum(weights))
+        scale = max(abs(loss) for loss in (self.joined.loss, predicted, *(loss for _, loss in counted)))
         return abs(predicted - self.joined.loss) <= tolerance * scale
 
     def finite(self) -> bool:
@@ -95,6 +79,9 @@ class _Trial:
         """The largest difference among the losses, relatively."""
         losses = self.losses()
         return (max(losses) - min(losses)) / (max(map(abs, losses)) or 1.0)
+
+
+_Try = Callable[..., _Trial]
 
 
 def find_rule(
@@ -115,7 +102,7 @@ def find_rule(
     """
     if microbatch_weight is not None:
         return LossRule.given(microbatch_weight)
-    return probe(_in_process(model, caller), batch, layout, _tolerance(model))
+    return probe(in_process(model, caller), batch, layout, tolerance_of(model))
 
 
 def probe(observe: Observe, batch: Any, layout: BatchLayout, tolerance: float = 2e-5) -> LossRule:
@@ -131,68 +118,65 @@ def probe(observe: Observe, batch: Any, layout: BatchLayout, tolerance: float = 
         BatchError: no rule makes the joined loss from the separate ones.
     """
     chosen = layout.select(batch, _telling_samples(batch, layout))
-    plain = _first_trial(observe, chosen, layout)
-    rules = _fitting([Rule.TARGETS, Rule.SAMPLES, Rule.SUM], plain, tolerance, "")
+    try_once = functools.partial(_try, observe, layout)
+    plain, shaken = _first_trial(try_once, chosen, tolerance)
+    rules = _fitting([Rule.TARGETS, Rule.SAMPLES, Rule.SUM], plain, tolerance)
     silenced = False
     if plain.countable():
-        rest = _try(observe, chosen, layout, silenced=True)
-        silenced = rest.losses() != _try(observe, chosen, layout).losses()
-        if silenced:
-            if Rule.TARGETS in rules and rest.finite() and rest.spread() <= tolerance:
-                return LossRule(Rule.TARGETS)
-            # A sum of what was averaged first follows no weight that later batches could be checked for.
-            rules = [rule for rule in rules if rule is not Rule.SUM]
-            rules = _fitting(rules, rest, tolerance, " without its loss functions", plain)
-        else:
-            rules = [rule for rule in rules if rule is not Rule.TARGETS] or rules
+        rest = try_once(chosen, silenced=True, shaken=shaken)
+        silenced = rest.losses() != plain.losses()
+        if silenced and Rule.TARGETS in rules and rest.finite() and rest.spread() <= tolerance:
+            return LossRule(Rule.TARGETS)
+        # Loss functions that the loss does not use say nothing; and a sum of what was averaged first follows no weight
+        # that later batches could be checked for.
+        rules = [rule for rule in rules if rule is not (Rule.SUM if silenced else Rule.TARGETS)]
+        rules = _fitting(rules, rest, tolerance, "where PyTorch's loss functions return zero")
     for changed in shortened(chosen, layout):
-        trial = _try_or_none(observe, changed, layout, silenced=silenced)
+        trial = _try_or_none(try_once, changed, silenced=silenced, shaken=shaken)
         if trial is not None:
-            rules = _fitting(rules, trial, tolerance, " after a sample's masks and labels were cut short", trial)
+            rules = _fitting(rules, trial, tolerance, "where a sample's masks, labels or numbers are cut short")
     # Samples before targets: were both right so far, the samples are checked against the targets in every batch.
     best = next(rule for rule in (Rule.SAMPLES, Rule.TARGETS, Rule.SUM) if rule in rules)
     return LossRule(best, watched=silenced and best is Rule.SAMPLES)
 
 
-def _first_trial(observe: Observe, chosen: Any, layout: BatchLayout) -> _Trial:
-    """The samples as they are, with the last parameters shaken where the losses are too alike."""
-    plain = _try(observe, chosen, layout)
-    if plain.finite() and plain.spread() < _ALIKE:
-        shaken = _try(observe, chosen, layout, shaken=True)
-        if shaken.finite():
-            return shaken
+def _first_trial(try_once: _Try, chosen: Any, tolerance: float) -> tuple[_Trial, bool]:
+    """The samples as they are, or with the last parameters shaken (then True) where the losses are too alike."""
+    plain = try_once(chosen)
     if not math.isfinite(plain.joined.loss):
         raise BatchError(f"the loss of the first samples is {plain.joined.loss}, so nothing can be trained on it")
-    return plain
+    if plain.finite() and plain.spread() < max(_ALIKE, 10 * tolerance):
+        shaken = try_once(chosen, shaken=True)
+        if shaken.finite():
+            return shaken, True
+    return plain, False
 
 
-def _fitting(
-    rules: Sequence[Rule], trial: _Trial, tolerance: float, when: str, shown: _Trial | None = None
-) -> list[Rule]:
+def _fitting(rules: Sequence[Rule], trial: _Trial, tolerance: float, where: str = "") -> list[Rule]:
+    """Those of the rules that a trial bears out, of which there must be one."""
     fitting = [rule for rule in rules if trial.fits(rule, tolerance)]
     if fitting:
         return fitting
-    trial = shown or trial
     apart = " and ".join(f"{p.loss:.7g} ({n})" for p, n in zip(trial.pieces, trial.samples, strict=True))
     raise BatchError(
-        f"the loss of {sum(trial.samples)} samples at once is {trial.joined.loss:.7g}, but apart it is {apart}, and no "
-        f"rule makes the one from the others{when}: give microbatch_weight ('samples', 'targets', 'sum' or a "
-        "callable) if you know the rule, batch_dims if a tensor was cut on the wrong dimension, or use microbatches=1 "
-        "for a loss that compares samples with each other"
+        f"the loss of {sum(trial.samples)} samples at once is {trial.joined.loss:.7g}, but apart it is {apart}"
+        f"{where and ', '}{where}, and no rule makes the one from the others: give microbatch_weight ('samples', "
+        "'targets', 'sum' or a callable) if you know the rule, batch_dims if a tensor is cut on the wrong dimension, "
+        "or use microbatches=1 for a loss that compares samples with each other"
     )
 
 
-def _try(observe: Observe, chosen: Any, layout: BatchLayout, *, silenced: bool = False, shaken: bool = False) -> _Trial:
-    pieces = layout.split(chosen, 2)
-    seen = [observe(piece.batch, silenced=silenced, shaken=shaken) for piece in pieces]
+def _try(observe: Observe, layout: BatchLayout, chosen: Any, *, silenced: bool = False, shaken: bool = False) -> _Trial:
     joined = observe(chosen, silenced=silenced, shaken=shaken)
-    return _Trial(joined, tuple(seen), tuple(piece.samples for piece in pieces))
+    pieces = layout.split(chosen, 2)
+    apart = tuple(observe(piece.batch, silenced=silenced, shaken=shaken) for piece in pieces)
+    return _Trial(joined, apart, tuple(piece.samples for piece in pieces))
 
 
-def _try_or_none(observe: Observe, changed: Any, layout: BatchLayout, *, silenced: bool) -> _Trial | None:
+def _try_or_none(try_once: _Try, changed: Any, *, silenced: bool, shaken: bool) -> _Trial | None:
     """None where the model cannot run this batch, which was never the user's."""
     try:
-        trial = _try(observe, changed, layout, silenced=silenced)
+        trial = try_once(changed, silenced=silenced, shaken=shaken)
     except Exception:
         return None
     return trial if trial.finite() else None
@@ -214,59 +198,3 @@ def _telling_samples(batch: Any, layout: BatchLayout) -> list[int]:
     order = [i for i in torch.argsort(score, descending=True, stable=True).tolist() if not empty[i]]
     order = order or list(range(count))
     return [order[0], order[1 % len(order)], order[-1]]
-
-
-def _in_process(model: nn.Module, caller: Caller) -> Observe:
-    def observe(batch: Any, *, silenced: bool = False, shaken: bool = False) -> Observed:
-        # The model may write into its batch, and the pieces are views of the joined one.
-        own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
-        with quiet(model), _shaken(model, shaken), Denominators(silenced) as seen:
-            try:
-                loss = caller.loss_of(caller.outputs(model, own), own)
-            except Exception as error:
-                error.add_note(
-                    "raised while up to three samples were run to find how microbatches weigh; "
-                    "give microbatch_weight to do without that"
-                )
-                raise
-            return Observed(float(loss), seen.values())
-
-    return observe
-
-
-@contextmanager
-def _shaken(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Swaps the last two parameters for noisy copies, so that the outputs differ from sample to sample."""
-    floating = [p for p in model.parameters() if p.is_floating_point()] if wanted else []
-    noise = torch.Generator().manual_seed(0)
-    noisy = {}
-    for parameter in floating[-2:]:
-        step = (
-            torch.randn(parameter.shape, generator=noise)
-            * 2
-            / math.sqrt(max(1, parameter.shape[-1] if parameter.dim() else 1))
-        )
-        noisy[id(parameter)] = nn.Parameter(parameter.detach() + step.to(parameter), requires_grad=False)
-    swapped = [
-        (module, name, parameter)
-        for module in (model.modules() if noisy else ())
-        for name, parameter in module._parameters.items()
-        if id(parameter) in noisy
-    ]
-    try:
-        for module, name, parameter in swapped:
-            module._parameters[name] = noisy[id(parameter)]
-        yield
-    finally:
-        for module, name, parameter in swapped:
-            module._parameters[name] = parameter
-
-
-def _tolerance(model: nn.Module) -> float:
-    """Relative differences that rounding makes between two batch sizes, for the model's coarsest dtype."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    coarsest = max((torch.finfo(t.dtype).eps for t in tensors), default=torch.finfo(torch.float32).eps)
-    if coarsest > torch.finfo(torch.float32).eps:
-        return 2 * coarsest
-    # TensorFloat-32, on by default for convolutions.
-    return 1e-3 if any(t.is_cuda for t in tensors) else 2e-5

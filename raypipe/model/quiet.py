@@ -32,11 +32,11 @@ def quiet(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_buffers_restored(model))
         stack.enter_context(_batch_norm_in_eval(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_Expectations())
+        stack.enter_context(_Expectations())  # type: ignore[no-untyped-call]
         yield
 
 
-class _Expectations(TorchDispatchMode):
+class _Expectations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Puts expectations in the place of random numbers."""
 
     supports_higher_order_operators = True
@@ -93,7 +93,7 @@ def _without_dropout(func: Any, args: tuple[Any, ...]) -> list[Any]:
 def _generators_restored() -> Iterator[None]:
     """Seeds every global generator for the time being."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         random.seed(0)

@@ -2,28 +2,24 @@
 
 A batch's loss is an average over something: its samples, or the targets that are not padding, or what class weights
 make of them. With L_i the loss of microbatch i and w_i what L_i averaged over, the batch's own loss is
-sum(w_i L_i) / sum(w_i), and its gradient likewise. PyTorch's loss functions are watched as they run, and say w_i.
+sum(w_i L_i) / sum(w_i), and its gradient likewise. ``Denominators`` sees the w_i of PyTorch's loss functions.
 """
 
 from __future__ import annotations
 
 import enum
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from raypipe.errors import BatchError
 from raypipe.model.microbatch import Microbatch
 
-__all__ = ["Denominators", "LossRule", "Rule", "refuse_batch_norm"]
+__all__ = ["LossRule", "Rule", "refuse_batch_norm"]
 
 _RELATIVE = 1e-5  # of float32 sums of class weights
 
@@ -95,7 +91,7 @@ class LossRule:
                     "this microbatch: give 'samples', 'sum' or a callable"
                 )
             return denominators[0]
-        weight = float(self.weight(microbatch.batch))  # type: ignore[operator]
+        weight = float(self.weight(microbatch.batch))
         if not (weight >= 0 and math.isfinite(weight)):
             raise BatchError(f"microbatch_weight returned {weight}, but a weight is a finite number, 0 or more")
         return weight
@@ -140,48 +136,6 @@ class LossRule:
                     )
 
 
-class Denominators(TorchFunctionMode):
-    """Sees PyTorch's loss functions with reduction ``"mean"`` and records what each averaged over.
-
-    Around the forward that computes the loss::
-
-        with Denominators() as seen:
-            loss = ...
-        weight = rule.weigh(microbatch, seen.values())
-
-    Counted are cross-entropies (targets that are not ignored, weighted by their class), and the element-wise losses
-    and divergences (their elements). The counts stay tensors until ``values``, so nothing waits for a GPU before.
-
-    Args:
-        silenced: let these functions return zero, to look at what else is in a loss.
-    """
-
-    def __init__(self, silenced: bool = False) -> None:
-        super().__init__()
-        self._silenced = silenced
-        self._seen: list[Tensor | int] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        counted = _COUNTED.get(func)
-        if counted is None:
-            return result
-        # Out of sight of other modes: they follow the model, and this is none of it.
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            count, signature = counted
-            count_of = count(_arguments(signature, args, kwargs or {}))
-            if count_of is None:
-                return result
-            self._seen.append(count_of)
-            return torch.zeros_like(result) if self._silenced else result
-
-    def values(self) -> tuple[float, ...]:
-        """What each loss function averaged over, in the order in which they ran."""
-        return tuple(float(count) for count in self._seen)
-
-
 def refuse_batch_norm(model: nn.Module, microbatches: int, batch_norm: str | None) -> None:
     """Refuses BatchNorm over microbatches, unless the user wants their own statistics for them.
 
@@ -199,60 +153,3 @@ def refuse_batch_norm(model: nn.Module, microbatches: int, batch_norm: str | Non
                 "over the batch: give batch_norm='microbatch' to accept that, freeze it by .eval(), or use "
                 "microbatches=1"
             )
-
-
-def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    average, reduce = given.get("size_average"), given.get("reduce")
-    if average is not None or reduce is not None:  # the words of old, which win over reduction
-        given["reduction"] = "none" if reduce is False else "sum" if average is False else "mean"
-    return given
-
-
-def _cross_entropy(given: dict[str, Any]) -> Tensor | int | None:
-    target, weight = given["target"], given["weight"]
-    if given["reduction"] != "mean":
-        return None
-    if target.is_floating_point():  # probabilities: over rows, whatever the class weights
-        return int(target.numel() // max(1, target.shape[1 if target.dim() > 1 else 0]))
-    ignored = given["ignore_index"]
-    valid = target != (-100 if ignored is None else ignored)
-    if weight is None:
-        return valid.sum()
-    return (weight[torch.where(valid, target, 0)] * valid).sum()
-
-
-def _elements(given: dict[str, Any]) -> Tensor | int | None:
-    if given["reduction"] != "mean":
-        return None
-    weight, size = given.get("weight"), torch.broadcast_shapes(given["input"].shape, given["target"].shape)
-    return weight.sum() if weight is not None else math.prod(size)
-
-
-def _plain_elements(given: dict[str, Any]) -> Tensor | int | None:
-    return _elements({**given, "weight": None})
-
-
-def _divergence(given: dict[str, Any]) -> Tensor | int | None:
-    rows = given["input"].shape[0] if given["reduction"] == "batchmean" and given["input"].dim() else None
-    return rows if rows is not None else _plain_elements(given)
-
-
-_COUNTED: dict[Any, tuple[Callable[[dict[str, Any]], Tensor | int | None], inspect.Signature]] = {
-    function: (count, inspect.signature(function))
-    for name, count in {
-        "cross_entropy": _cross_entropy,
-        "nll_loss": _cross_entropy,
-        "linear_cross_entropy": _cross_entropy,
-        "mse_loss": _elements,
-        "l1_loss": _elements,
-        "smooth_l1_loss": _plain_elements,
-        "huber_loss": _plain_elements,
-        "binary_cross_entropy": _plain_elements,
-        "binary_cross_entropy_with_logits": _plain_elements,
-        "kl_div": _divergence,
-    }.items()
-    if (function := getattr(F, name, None)) is not None
-}

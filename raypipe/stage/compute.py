@@ -7,89 +7,88 @@ number of entries kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raypipe.errors import CutError
 from raypipe.model.microbatch import Microbatch
-from raypipe.model.recording import Recording, Value, Window
 from raypipe.model.replay import Seeds
-from raypipe.stage.layout import pack, packed_spec, unpack
 from raypipe.stage.losses import Losses
 from raypipe.stage.program import Message
-from raypipe.stage.slice import Slice
+from raypipe.stage.slice import Planned, Slice
 from raypipe.tensors import TensorSpec
 
 __all__ = ["ForwardComputer", "TrainComputer"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Kept:
-    """What a backward needs: the received tensors, the roots that gradients start from."""
+    """What a backward needs: the received tensors that collect gradients, and where gradients start."""
 
     leaves: list[Tensor]
     roots: list[Tensor]
-
-
-@dataclass(slots=True)
-class _Piece:
-    """A microbatch with its recording."""
-
-    microbatch: Microbatch
-    seeds: Seeds
-    recording: Recording
-    windows: tuple[Window, ...] = field(default=())
 
 
 class _Computer:
     """What training and evaluation share: the microbatches of one step and the shapes of their messages."""
 
     def __init__(self, piece_of: Slice, microbatches: Sequence[Microbatch], seed: int, step: int, first: int) -> None:
-        self.slice = piece_of
-        self.pieces: list[_Piece] = []
-        for microbatch in microbatches:
-            recording = piece_of.recording(microbatch.batch)
-            seeds = Seeds(seed, step, first + microbatch.first_sample)
-            self.pieces.append(_Piece(microbatch, seeds, recording, piece_of.windows(recording)))
+        self._slice, self._microbatches = piece_of, microbatches
+        self._planned: list[Planned] = [piece_of.planned(microbatch.batch) for microbatch in microbatches]
+        self._seeds = [Seeds(seed, step, first + microbatch.first_sample) for microbatch in microbatches]
         self.in_flight = 0
 
     def specs(self, message: Message) -> Sequence[TensorSpec]:
         """The tensors of a message: the boundary's values, or the gradients of those that require one."""
-        piece = self.pieces[message.microbatch]
-        if message.gradient:
-            values = _with_gradient(piece.windows[message.chunk].outputs)
-        else:
-            values = piece.windows[message.chunk].inputs
-        return [packed_spec(value) for value in values]
+        boundaries = self._planned[message.microbatch].boundaries
+        return boundaries[message.chunk].gradient_specs if message.gradient else boundaries[message.chunk + 1].specs
 
-    def _received(self, window: Window, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [unpack(tensor, value) for value, tensor in zip(window.inputs, tensors, strict=True)]
+    def _run(self, chunk: int, microbatch: int, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        planned, batch = self._planned[microbatch], self._microbatches[microbatch].batch
+        return self._slice.run(batch, planned, chunk, inputs, self._seeds[microbatch])
 
 
 class ForwardComputer(_Computer):
-    """Forwards for evaluation and prediction; ``outputs`` has what the model returned for each microbatch."""
+    """Forwards for evaluation and prediction.
 
-    def __init__(self, piece_of: Slice, microbatches: Sequence[Microbatch], seed: int, step: int) -> None:
+    Args:
+        losses: finds and weighs the losses, or None where none is asked for.
+
+    Attributes:
+        outputs: on the last stage, what the model returned for each microbatch.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, piece_of: Slice, microbatches: Sequence[Microbatch], seed: int, step: int, losses: Losses | None
+    ) -> None:
         super().__init__(piece_of, microbatches, seed, step, 0)
+        self._losses = losses
         self.outputs: dict[int, Any] = {}
 
+    # Grad mode is set in each call: a rank that yields must not leave it to the others of its thread.
+    @torch.no_grad()
     def forward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
         """See ``executor.Computer``."""
-        piece = self.pieces[microbatch]
-        window = piece.windows[chunk]
-        outs, outputs = self.slice.run(
-            piece.microbatch.batch, piece.recording, window, self._received(window, received), piece.seeds
-        )
-        if chunk == len(piece.windows) - 1:
-            self.outputs[microbatch] = outputs
-        return [pack(tensor, value) for value, tensor in zip(window.outputs, outs, strict=True)]
+        boundaries = self._planned[microbatch].boundaries
+        _, inputs = boundaries[chunk].unpack(received, training=False)
+        if chunk < len(boundaries) - 2:
+            return boundaries[chunk + 1].pack(self._run(chunk, microbatch, inputs)[0])
+        if self._losses is None:
+            self._finish(microbatch, inputs)
+        else:
+            self._losses.forward(microbatch, lambda: self._finish(microbatch, inputs))
+        return []
 
     def backward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
         """Never called: a schedule of forwards has no backward."""
         raise AssertionError("evaluation has no backward")
+
+    def _finish(self, microbatch: int, inputs: Sequence[Tensor]) -> Any:
+        _, self.outputs[microbatch] = self._run(len(self._planned[microbatch].windows) - 1, microbatch, inputs)
+        return self.outputs[microbatch]
 
 
 class TrainComputer(_Computer):
@@ -101,87 +100,40 @@ class TrainComputer(_Computer):
         seed: of the run.
         step: number of the step.
         first: number of the first sample of these microbatches in the whole batch.
-        losses: weighs and collects the microbatches' losses on the last stage.
+        losses: weighs and collects the microbatches' losses, where this stage holds the last chunk.
     """
 
     def __init__(
-        self,
-        piece_of: Slice,
-        microbatches: Sequence[Microbatch],
-        seed: int,
-        step: int,
-        first: int,
-        losses: Losses,
+        self, piece_of: Slice, microbatches: Sequence[Microbatch], seed: int, step: int, first: int, losses: Losses
     ) -> None:
         super().__init__(piece_of, microbatches, seed, step, first)
-        self.losses = losses
+        self._losses = losses
         self._kept: dict[tuple[int, int], _Kept] = {}
 
     def forward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
         """See ``executor.Computer``."""
-        piece = self.pieces[microbatch]
-        window = piece.windows[chunk]
-        tensors = self._received(window, received)
-        leaves = [
-            tensor.requires_grad_() for value, tensor in zip(window.inputs, tensors, strict=True) if value.requires_grad
-        ]
-        inputs = _free_to_change(piece.recording, window, tensors)
-        if chunk == len(piece.windows) - 1:
-            loss = self.losses.forward(microbatch, piece.microbatch, lambda: self._run(piece, window, inputs)[1])
+        boundaries = self._planned[microbatch].boundaries
+        leaves, inputs = boundaries[chunk].unpack(received, training=True)
+        made: list[Tensor] = []
+        if chunk == len(boundaries) - 2:
+            loss = self._losses.forward(microbatch, lambda: self._run(chunk, microbatch, inputs)[1])
             roots = [] if loss is None else [loss]
-            made: list[Tensor] = []
         else:
-            made, _ = self._run(piece, window, inputs)
-            roots = _roots(piece.recording, window.outputs, made)
+            made, _ = self._run(chunk, microbatch, inputs)
+            roots = boundaries[chunk + 1].roots(made)
         self._kept[chunk, microbatch] = _Kept(leaves, roots)
         self.in_flight += 1
-        return [pack(tensor.detach(), value) for value, tensor in zip(window.outputs, made, strict=True)]
+        return boundaries[chunk + 1].pack(made)
 
     def backward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
         """See ``executor.Computer``."""
-        piece = self.pieces[microbatch]
-        window = piece.windows[chunk]
+        boundaries = self._planned[microbatch].boundaries
         kept = self._kept.pop((chunk, microbatch))
-        if chunk == len(piece.windows) - 1:
-            gradients = [self.losses.scale(microbatch, root) for root in kept.roots]
+        if chunk == len(boundaries) - 2:
+            gradients = [self._losses.gradient(microbatch, root) for root in kept.roots]
         else:
-            values = _with_gradient(window.outputs)
-            gradients = [unpack(tensor, value) for value, tensor in zip(values, received, strict=True)]
+            gradients = boundaries[chunk + 1].unpack_gradients(received)
         if kept.roots:
             torch.autograd.backward(kept.roots, gradients)
         self.in_flight -= 1
-        values = _with_gradient(window.inputs)
-        # A value that no gradient reached still has its place in the message.
-        return [
-            pack(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), value)
-            for value, leaf in zip(values, kept.leaves, strict=True)
-        ]
-
-    def _run(self, piece: _Piece, window: Window, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-        return self.slice.run(piece.microbatch.batch, piece.recording, window, inputs, piece.seeds)
-
-
-def _with_gradient(values: Sequence[Value]) -> list[Value]:
-    return [value for value in values if value.requires_grad]
-
-
-def _free_to_change(recording: Recording, window: Window, tensors: list[Tensor]) -> list[Tensor]:
-    """A received leaf that is changed in place later is replaced by a copy: autograd forbids it on a leaf."""
-    changed = recording.mutated_after(window.start)
-    if not changed:
-        return tensors
-    return [
-        tensor.clone() if value.requires_grad and value.storage in changed else tensor
-        for value, tensor in zip(window.inputs, tensors, strict=True)
-    ]
-
-
-def _roots(recording: Recording, values: Sequence[Value], made: Sequence[Tensor]) -> list[Tensor]:
-    """The boundary's tensors that gradients come back for."""
-    for value, tensor in zip(values, made, strict=True):
-        if tensor.requires_grad != value.requires_grad:
-            raise CutError(
-                f"{recording.describe(value)} {'requires' if tensor.requires_grad else 'does not require'} a gradient, unlike "
-                "when it was planned; put its maker into one unit with its users (units=[...])"
-            )
-    return [tensor for tensor in made if tensor.requires_grad]
+        return boundaries[chunk].pack_gradients(kept.leaves)

@@ -101,9 +101,9 @@ def execute(
         except Exception as error:
             raise _stage_error(program, item, step, error) from error
         recorder.write(index, turned, start, monotonic(), computer.in_flight)
-        if item.makes is not None and item.target is not None:
+        if item.gives is not None and item.target is not None:
             if item.target == program.stage:
-                own[item.makes] = made
+                own[item.gives] = made
             elif made:
                 transport.send(ranks[item.target], made)
 
@@ -118,6 +118,4 @@ def _compute(computer: Computer, action: Action, received: Sequence[Tensor]) -> 
 
 def _stage_error(program: Program, item: Item, step: int, error: Exception) -> StageError:
     action = item.action
-    return StageError(
-        program.stage, str(action), step, error, chunk=action.chunk, microbatch=action.microbatch
-    )
+    return StageError(program.stage, str(action), step, error, chunk=action.chunk, microbatch=action.microbatch)

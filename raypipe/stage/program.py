@@ -1,6 +1,6 @@
 """A schedule from one rank's side: its actions, and the messages of each of its channels in the sender's order.
 
-Messages are not actions of the schedule: a forward of chunk c sends to the stage of chunk c + 1, a backward (or input
+Messages are not actions of the schedule: a forward of chunk c gives to the stage of chunk c + 1, a backward (or input
 gradient) to the stage of chunk c - 1. Both ends know all programs, so the receiver posts in the sender's order.
 """
 
@@ -9,31 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raypipe.schedule import Action, Op, Schedule
+from raypipe.schedule import Action, Schedule
+from raypipe.schedule.dry_run import Message, given_by, needed_by
 
 __all__ = ["Item", "Message", "Program", "compile_program"]
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """What crosses into ``chunk``: activations from the chunk before it, or gradients from the one after it.
-
-    Attributes: ``gradient``, which of the two; ``chunk`` that takes it; ``microbatch``.
-    """
-
-    gradient: bool
-    chunk: int
-    microbatch: int
-
-
-@dataclass(frozen=True, slots=True)
 class Item:
-    """One action, the message it needs and the message it makes; a stage is None at the model's ends."""
+    """One action, the message it needs and the message it gives; each with the stage at its other end, if any."""
 
     action: Action
     needs: Message | None
     source: int | None
-    makes: Message | None
+    gives: Message | None
     target: int | None
 
 
@@ -47,27 +36,20 @@ class Program:
 
 
 def compile_program(schedule: Schedule, stage: int) -> Program:
-    """The program of ``stage``, once per schedule."""
+    """The program of ``stage``."""
     items = tuple(_item(schedule, action) for action in schedule.programs[stage])
     incoming = {}
     for sender, program in enumerate(schedule.programs):
         sent = (_item(schedule, action) for action in program) if sender != stage else ()
-        messages = tuple(item.makes for item in sent if item.target == stage and item.makes is not None)
+        messages = tuple(item.gives for item in sent if item.target == stage and item.gives is not None)
         if messages:
             incoming[sender] = messages
     return Program(stage, items, incoming)
 
 
 def _item(schedule: Schedule, action: Action) -> Item:
-    chunk, microbatch = action.chunk, action.microbatch
-    before = schedule.stage_of(chunk - 1) if chunk > 0 else None
-    after = schedule.stage_of(chunk + 1) if chunk + 1 < schedule.chunks else None
-    if action.op is Op.WEIGHT:
-        return Item(action, None, None, None, None)
-    if action.op is Op.FORWARD:
-        needs = None if before is None else Message(False, chunk, microbatch)
-        makes = None if after is None else Message(False, chunk + 1, microbatch)
-        return Item(action, needs, before, makes, after)
-    needs = None if after is None else Message(True, chunk, microbatch)
-    makes = None if before is None else Message(True, chunk - 1, microbatch)
-    return Item(action, needs, after, makes, before)
+    needs, gives = needed_by(action, schedule.chunks), given_by(action)
+    source = None if needs is None else schedule.stage_of(needs.chunk)
+    taker = None if gives is None else action.chunk + (-1 if gives.gradient else 1)
+    target = schedule.stage_of(taker) if taker is not None and 0 <= taker < schedule.chunks else None
+    return Item(action, needs, source, gives, target)

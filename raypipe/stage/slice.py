@@ -6,13 +6,15 @@ arrive at the same boundary without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from raypipe.errors import CutError
 from raypipe.model.build import Skeleton, materialise
 from raypipe.model.call import Caller
 from raypipe.model.husk import Husk
@@ -22,10 +24,18 @@ from raypipe.model.recording import Recording, Window
 from raypipe.model.replay import Seeds, replay
 from raypipe.model.twin import Twin
 from raypipe.model.units import find_units
+from raypipe.stage.boundary import Boundary, boundaries
 
-__all__ = ["Slice", "signature"]
+__all__ = ["Planned", "Slice", "signature"]
 
-Forward = Callable[[nn.Module, Any], Any]
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What is known of all microbatches of one signature: events, chunks, and what crosses between them."""
+
+    recording: Recording
+    windows: tuple[Window, ...]
+    boundaries: tuple[Boundary, ...]
 
 
 class Slice:
@@ -36,6 +46,7 @@ class Slice:
         tensors: the parameters and buffers that this stage holds, by name.
         patterns: the user's ``units``.
         cuts: the unit call that each chunk but the first starts with.
+        calls: how many unit calls the model makes.
         caller: how the model is called.
 
     Attributes:
@@ -48,18 +59,19 @@ class Slice:
         tensors: Mapping[str, Tensor],
         patterns: Sequence[str] | None,
         cuts: tuple[int, ...],
+        calls: int,
         caller: Caller,
     ) -> None:
         self._twin = Twin(skeleton.model, patterns)
         self.model = materialise(skeleton, tensors)
-        self._cuts, self._caller = cuts, caller
+        self._cuts, self._calls, self._caller = cuts, calls, caller
         self._switch = install(find_units(self.model, patterns))
         named = dict(self.model.named_parameters())
         self._names = {id(parameter): name for name, parameter in named.items()}
         self.parameters = {name: p for name, p in named.items() if not isinstance(p, Husk)}
         self._train_modes = [(module, module.training) for module in (*self._modules(),)]
         self._training = True
-        self._recordings: dict[Any, Recording] = {}
+        self._planned: dict[Any, Planned] = {}
 
     def set_training(self, training: bool) -> None:
         """Training runs in the modes that the model came in, evaluation in eval mode."""
@@ -68,21 +80,23 @@ class Slice:
             for module, mode in self._train_modes:
                 module.training = mode and training
 
-    def recording(self, batch: Any) -> Recording:
-        """The recording for a microbatch of this signature, in the present mode and grad mode."""
+    def planned(self, batch: Any) -> Planned:
+        """What is known of a microbatch of this signature, in the present mode and grad mode."""
         key = (signature(batch), self._training, torch.is_grad_enabled())
-        if key not in self._recordings:
+        if key not in self._planned:
             # The twin's forward may change its microbatch in place.
             own = pytree.tree_map_only(Tensor, torch.clone, batch)
-            self._recordings[key] = record(self._twin, lambda model: self._caller.outputs(model, own))
-        return self._recordings[key]
-
-    def windows(self, recording: Recording) -> tuple[Window, ...]:
-        """The chunks of a recording."""
-        return recording.windows(self._cuts)
+            recording = record(self._twin, lambda model: self._caller.outputs(model, own))
+            if len(recording.calls) != self._calls:
+                raise CutError(
+                    f"the model makes {len(recording.calls)} unit calls for this batch and made {self._calls} for the one "
+                    "it was planned with; put what varies into one unit with units=[...]"
+                )
+            self._planned[key] = Planned(recording, recording.windows(self._cuts), boundaries(recording, self._cuts))
+        return self._planned[key]
 
     def run(
-        self, batch: Any, recording: Recording, window: Window, received: Sequence[Tensor], seeds: Seeds
+        self, batch: Any, planned: Planned, chunk: int, received: Sequence[Tensor], seeds: Seeds
     ) -> tuple[list[Tensor], Any]:
         """Runs one chunk on a microbatch; see ``model.replay.replay``."""
         return replay(
@@ -90,8 +104,8 @@ class Slice:
             self._switch,
             self._names,
             lambda model: self._caller.outputs(model, batch),
-            recording,
-            window,
+            planned.recording,
+            planned.windows[chunk],
             received,
             seeds,
         )

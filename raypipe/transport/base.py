@@ -27,7 +27,7 @@ class Handle(Protocol[T]):
     """The rank that is waited for, where it is one."""
 
     def ready(self) -> bool:
-        """Whether ``wait`` returns at once, as far as that is known without blocking."""
+        """Whether ``wait`` returns, or raises, at once: True is certain, False means that only waiting can tell."""
 
     def wait(self, timeout_s: float) -> None:
         """Blocks until it is there.
@@ -47,7 +47,14 @@ class Transport(Protocol):
     size: int
 
     def send(self, to: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Sends contiguous tensors to rank ``to``; returns at once and keeps them until they have gone."""
+        """Sends tensors to rank ``to``; returns at once and keeps them until they have gone.
+
+        Their data must not change before that. ``receive`` with specs of the same shapes and dtypes must be posted
+        at the other end.
+
+        Raises:
+            PeerLost: a connection closed; so may every other call.
+        """
 
     def receive(self, source: int, specs: Sequence[TensorSpec]) -> Handle[list[torch.Tensor]]:
         """Posts the receive of the next message from ``source``, whose tensors are as ``specs`` say."""
@@ -56,9 +63,10 @@ class Transport(Protocol):
         """Every rank's 1-D vector, in order of ranks; rank i's has ``lengths[i]`` elements. Same dtype everywhere."""
 
     def all_reduce(self, tensors: Sequence[torch.Tensor], ranks: Sequence[int]) -> Handle[None]:
-        """Sums each tensor in place among ``ranks`` (sorted, one of the groups known at construction).
+        """Sums each tensor in place among ``ranks`` (sorted: all ranks, or a group known at construction).
 
-        The result has the same bits on all of them.
+        The sum is in order of ranks, so it has the same bits on all of them. The tensors must not change before the
+        handle was waited for or is ready.
         """
 
     def flush(self) -> Handle[None]:

@@ -1,0 +1,167 @@
+"""One rank at work: takes a batch, runs its program, updates its weights, reports."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raypipe.data.wire import Wire, pack, unpack
+from raypipe.errors import PeerLost, StageError, StepError
+from raypipe.model.build import held_state
+from raypipe.model.join import join_outputs
+from raypipe.model.microbatch import LayoutCache, Microbatch
+from raypipe.observe.events import Recorder
+from raypipe.stage.compute import ForwardComputer, TrainComputer
+from raypipe.stage.executor import Activity, execute
+from raypipe.stage.losses import Losses
+from raypipe.stage.optimizer import StageOptimizer
+from raypipe.stage.program import Program, compile_program
+from raypipe.stage.protocol import Progress, RankWork
+from raypipe.stage.report import ForwardReport, TrainReport
+from raypipe.stage.slice import Slice
+from raypipe.stage.spec import PipelineSpec
+from raypipe.transport.base import Transport
+
+__all__ = ["StageWorker"]
+
+
+class StageWorker:
+    """A rank. See ``stage.protocol.Worker`` for its calls.
+
+    Args:
+        spec: the whole pipeline.
+        rank: this one.
+        tensors: the parameters and buffers that it holds, by name.
+    """
+
+    def __init__(self, spec: PipelineSpec, rank: int, tensors: Mapping[str, Tensor]) -> None:
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        self._spec, self._rank = spec, rank
+        place = spec.topology.place(rank)
+        self._stage = place.stage
+        self._ranks = {s: spec.topology.rank(s, place.replica, place.tensor) for s in range(spec.topology.stages)}
+        self._activity = Activity()
+        self._layouts = LayoutCache(spec.layout, spec.batch_dims)
+        self._slice = Slice(spec.skeleton, tensors, spec.units, spec.cuts, spec.calls, spec.caller)
+        last = self._ranks[spec.topology.stages - 1]
+        with self._reported(-1, "optimizer"):
+            self._optimizer = StageOptimizer(
+                rank,
+                self._slice.parameters,
+                spec.gradients,
+                spec.optimizer,
+                spec.lr_scheduler,
+                spec.max_grad_norm,
+                None if spec.rule.known_before_forward else last,
+            )
+        self._is_last = rank == last
+        self._program = functools.cache(self._compile)
+        self._transport: Transport | None = None
+
+    def connect(self, transport: Transport) -> None:
+        """Takes its channels."""
+        self._transport = transport
+        self._activity.set(-1, "idle")
+
+    def train_step(self, step: int, batch: Wire) -> RankWork[TrainReport]:
+        """One step on a batch; the whole replica's."""
+        with self._reported(step, "batch"):
+            self._slice.set_training(True)
+            microbatches = self._cut(unpack(batch))
+            losses = Losses(self._spec.rule, self._spec.caller, microbatches)
+            program = self._program(len(microbatches), True)
+            recorder = Recorder([item.action for item in program.items])
+            computer = TrainComputer(self._slice, microbatches, self._spec.seed, step, 0, losses)
+        yield from execute(program, computer, self._channels(), self._ranks, recorder, self._activity, step)
+        with self._reported(step, "optimizer"):
+            self._activity.set(step, "optimizer")
+            divisor = losses.total() if self._is_last else 1.0
+            update = yield from self._optimizer.finish(self._channels(), divisor)
+            loss = losses.loss() if self._is_last else None
+            yield self._channels().flush()
+        trace = recorder.trace()
+        self._activity.set(step, "idle")
+        return TrainReport(
+            step,
+            sum(m.samples for m in microbatches),
+            len(microbatches),
+            loss,
+            divisor if self._is_last else None,
+            update.norms.numpy(),
+            update.lr,
+            trace,
+        )
+
+    def forward_step(self, step: int, batch: Wire, kind: str) -> RankWork[ForwardReport]:
+        """Forwards only, in eval mode, without gradients; nothing of the training state changes."""
+        with self._reported(step, "batch"):
+            self._slice.set_training(False)
+            own = unpack(batch)
+            microbatches = self._cut(own)
+            losses = Losses(self._spec.rule, self._spec.caller, microbatches) if kind == "evaluate" else None
+            program = self._program(len(microbatches), False)
+            recorder = Recorder([item.action for item in program.items])
+            computer = ForwardComputer(self._slice, microbatches, self._spec.seed, step, losses)
+        yield from execute(program, computer, self._channels(), self._ranks, recorder, self._activity, step)
+        report = ForwardReport(sum(m.samples for m in microbatches))
+        with self._reported(step, kind):
+            if self._is_last:
+                outputs = [computer.outputs[number] for number in range(len(microbatches))]
+                report = self._reported_outputs(own, microbatches, outputs, losses)
+            yield self._channels().flush()
+        self._activity.set(step, "idle")
+        return report
+
+    def state(self) -> Wire:
+        """Every parameter and buffer that this rank holds, by name, as ``data.wire`` packs it."""
+        return pack({name: tensor.clone() for name, tensor in held_state(self._slice.model).items()})
+
+    def progress(self) -> Progress:
+        """What it is doing."""
+        return self._activity.progress()
+
+    def close(self) -> None:
+        """Closes its channels, so that its neighbours fail at once."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _cut(self, batch: Any) -> list[Microbatch]:
+        return self._layouts.find(batch).split(batch, self._spec.microbatches)
+
+    def _compile(self, microbatches: int, training: bool) -> Program:
+        schedule = self._spec.schedule(microbatches)
+        return compile_program(schedule if training else schedule.forwards(microbatches), self._stage)
+
+    def _channels(self) -> Transport:
+        if self._transport is None:
+            raise PeerLost(None, "this rank was never connected")
+        return self._transport
+
+    @torch.no_grad()
+    def _reported_outputs(
+        self, batch: Any, microbatches: Sequence[Microbatch], outputs: Sequence[Any], losses: Losses | None
+    ) -> ForwardReport:
+        samples = [m.samples for m in microbatches]
+        if losses is None:
+            return ForwardReport(sum(samples), outputs=pack(join_outputs(outputs, samples)))
+        metrics = {}
+        if self._spec.metrics:
+            joined = join_outputs(outputs, samples)
+            metrics = {name: float(metric(joined, batch)) for name, metric in self._spec.metrics.items()}
+        return ForwardReport(sum(samples), losses.loss(), losses.weight, metrics)
+
+    @contextmanager
+    def _reported(self, step: int, word: str) -> Generator[None]:
+        """An exception outside the actions is reported with a word in the action's place."""
+        try:
+            yield
+        except StepError:
+            raise
+        except Exception as error:
+            raise StageError(self._stage, word, step, error) from error
