@@ -118,7 +118,7 @@ def whole(model, caller, batch):
     model.zero_grad()
     loss = caller.loss_of(caller.outputs(model, batch), batch)
     loss.backward()
-    return float(loss), [p.grad.clone() for p in model.parameters()]
+    return loss.item(), [p.grad.clone() for p in model.parameters()]
 
 
 def in_microbatches(model, caller, batch, layout, rule: LossRule, count: int):
@@ -130,7 +130,7 @@ def in_microbatches(model, caller, batch, layout, rule: LossRule, count: int):
             loss = caller.loss_of(caller.outputs(model, piece.batch), piece.batch)
         denominators.append(seen.values())
         weights.append(rule.weigh(piece, denominators[-1]))
-        losses.append(float(loss) * weights[-1] if weights[-1] else 0.0)
+        losses.append(loss.item() * weights[-1] if weights[-1] else 0.0)
         if weights[-1]:
             (loss * weights[-1]).backward()
     rule.check(weights, denominators)

@@ -47,7 +47,9 @@ def test_targets_without_a_loss_function_are_refused():
 
 
 def test_what_an_executor_has_to_do():
-    assert [r.needs_denominators for r in (LossRule(Rule.TARGETS), LossRule(Rule.SAMPLES), LossRule(Rule.SAMPLES, True))] == [
+    assert [
+        r.needs_denominators for r in (LossRule(Rule.TARGETS), LossRule(Rule.SAMPLES), LossRule(Rule.SAMPLES, True))
+    ] == [
         True,
         False,
         True,

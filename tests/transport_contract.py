@@ -120,8 +120,8 @@ def gathers_vectors_of_any_length(transport):
 
 
 def sums_in_order_of_ranks(transport):
-    """The order shows in the bits: (1e8 + 1) - 1e8 is 0 in float32, and 1 in another order."""
-    tensor = torch.tensor([1e8, 1.0, -1e8])[transport.rank].repeat(5)
+    """The order shows in the bits: (1 + 1e8) - 1e8 is 0 in float32, and 1 where the first rank comes last."""
+    tensor = torch.tensor([1.0, 1e8, -1e8])[transport.rank].repeat(5)
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(transport.rank))
     column = torch.zeros(4, 3)[:, transport.rank]
     column += transport.rank

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from raypipe.errors import ResourcesError
 __all__ = ["Session", "check_resources", "start_ray"]
 
 STOP_TIMEOUT_S = 15.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -63,24 +65,22 @@ def start_ray(ranks: int, resources: Mapping[str, float] | None = None) -> Sessi
         resources: what each of them needs, or None for the default.
 
     Raises:
-        ResourcesError: ``RAY_ADDRESS`` is set, but no Ray answers there.
+        ResourcesError: ``RAY_ADDRESS`` is set, but nothing answers there, or it is the address of Ray Client.
     """
     if ray.is_initialized():
         return Session(started=False)
-    wanted = os.environ.get("RAY_ADDRESS")
-    if wanted == "local":
-        wanted = None
-    elif address := wanted or current_cluster():
-        try:
-            ray.init(address=address, logging_level="WARNING")
-            return Session(started=False)
-        except ConnectionError as error:
-            if wanted:
-                raise ResourcesError(
-                    f"no Ray answers at RAY_ADDRESS={wanted}; start one there with `ray start --head`, "
-                    "or unset RAY_ADDRESS so that one is started on this machine"
-                ) from error
-            # The file of a cluster that has crashed since: as if there were none.
+    asked = os.environ.get("RAY_ADDRESS")
+    if asked and asked != "local":
+        if not _answers(asked):
+            raise ResourcesError(
+                f"no Ray answers at RAY_ADDRESS={asked}; give the host:port of a cluster that this machine can reach, "
+                "or unset RAY_ADDRESS so that Ray is started on this machine"
+            )
+        return _join(asked)
+    found = current_cluster()
+    # The file of a cluster that has crashed since is still there.
+    if asked != "local" and found is not None and _answers(found):
+        return _join(found)
     cpus = ranks * (resources or {}).get("CPU", 1)
     return _start_here(max(math.ceil(cpus), os.cpu_count() or 1))
 
@@ -108,6 +108,28 @@ def check_resources(given: Mapping[str, float] | None) -> dict[str, float] | Non
         if name == "GPU" and amount > 1 and amount != int(amount):
             raise ValueError(f"resources_per_stage has 'GPU': {amount}, but above 1 only whole GPUs can be given")
     return dict(given)
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens there: Ray itself would go on trying for minutes."""
+    if address == "auto":
+        return True
+    if address.startswith("ray://"):
+        raise ResourcesError(
+            f"RAY_ADDRESS={address} is the address of Ray Client, whose driver is outside the cluster; "
+            "run the driver on the cluster, for example with `ray job submit`"
+        )
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _join(address: str) -> Session:
+    ray.init(address=address, logging_level="WARNING")
+    return Session(started=False)
 
 
 def _start_here(cpus: int) -> Session:

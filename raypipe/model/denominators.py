@@ -28,12 +28,12 @@ class Denominators(TorchFunctionMode):
     and divergences (their elements). The counts stay tensors until ``values``, so nothing waits for a GPU before.
 
     Args:
-        silenced: let these functions return zero, to look at what else is in a loss.
+        faked: let these functions return this number, to look at what a loss makes of them and what else is in it.
     """
 
-    def __init__(self, silenced: bool = False) -> None:
+    def __init__(self, faked: float | None = None) -> None:
         super().__init__()
-        self._silenced = silenced
+        self._faked = faked
         self._seen: list[Tensor | int] = []
 
     def __torch_function__(
@@ -50,7 +50,7 @@ class Denominators(TorchFunctionMode):
             if denominator is None:
                 return result
             self._seen.append(denominator)
-            return torch.zeros_like(result) if self._silenced else result
+            return result if self._faked is None else torch.full_like(result, self._faked)
 
     def values(self) -> tuple[float, ...]:
         """What each loss function averaged over, in the order in which they ran."""

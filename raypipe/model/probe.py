@@ -4,8 +4,9 @@ A rule is right if it makes the joined loss from the separate ones, in every tri
 
 1. The samples as they are, chosen so that their masks and labels differ in length where the batch has such. Where the
    two losses are too alike to tell rules apart (a head that starts at zero), the last parameters are shaken first.
-2. With the loss functions of PyTorch silenced, where they were seen: what remains must follow the same rule. If
-   nothing remains, the loss is theirs alone and their denominators are exact whatever comes later.
+2. With numbers in the place of what PyTorch's loss functions return, where they were seen: the loss must be linear in
+   them, and what remains at zero must follow the same rule. If nothing remains, the loss is theirs alone, and their
+   denominators are exact whatever comes later.
 3. Else with masks, labels and numbers of one piece cut short, so that a mean made by hand over a mask does not pass
    for one over samples because the first batch happened to be full. A trial that the model cannot run is left out.
 
@@ -121,23 +122,26 @@ def probe(observe: Observe, batch: Any, layout: BatchLayout, tolerance: float = 
     try_once = functools.partial(_try, observe, layout)
     plain, shaken = _first_trial(try_once, chosen, tolerance)
     rules = _fitting([Rule.TARGETS, Rule.SAMPLES, Rule.SUM], plain, tolerance)
-    silenced = False
+    used = False
     if plain.countable():
-        rest = try_once(chosen, silenced=True, shaken=shaken)
-        silenced = rest.losses() != plain.losses()
-        if silenced and Rule.TARGETS in rules and rest.finite() and rest.spread() <= tolerance:
-            return LossRule(Rule.TARGETS)
+        rest = try_once(chosen, faked=0.0, shaken=shaken)
+        used = rest.losses() != plain.losses()
         # Loss functions that the loss does not use say nothing; and a sum of what was averaged first follows no weight
         # that later batches could be checked for.
-        rules = [rule for rule in rules if rule is not (Rule.SUM if silenced else Rule.TARGETS)]
-        rules = _fitting(rules, rest, tolerance, "where PyTorch's loss functions return zero")
+        rules = [rule for rule in rules if rule is not (Rule.SUM if used else Rule.TARGETS)]
+        if used:
+            ones = try_once(chosen, faked=1.0, shaken=shaken)
+            _check_linear(rest, ones, observe(chosen, faked=2.0, shaken=shaken).loss, plain, tolerance)
+            if Rule.TARGETS in rules and rest.spread() <= tolerance:
+                return LossRule(Rule.TARGETS)
+        rules = _fitting(rules, rest, tolerance, "with zero in the place of PyTorch's loss functions")
     for changed in shortened(chosen, layout):
-        trial = _try_or_none(try_once, changed, silenced=silenced, shaken=shaken)
+        trial = _try_or_none(try_once, changed, faked=0.0 if used else None, shaken=shaken)
         if trial is not None:
-            rules = _fitting(rules, trial, tolerance, "where a sample's masks, labels or numbers are cut short")
+            rules = _fitting(rules, trial, tolerance, "with a sample's masks, labels or numbers cut short")
     # Samples before targets: were both right so far, the samples are checked against the targets in every batch.
     best = next(rule for rule in (Rule.SAMPLES, Rule.TARGETS, Rule.SUM) if rule in rules)
-    return LossRule(best, watched=silenced and best is Rule.SAMPLES)
+    return LossRule(best, watched=used and best is Rule.SAMPLES)
 
 
 def _first_trial(try_once: _Try, chosen: Any, tolerance: float) -> tuple[_Trial, bool]:
@@ -152,31 +156,52 @@ def _first_trial(try_once: _Try, chosen: Any, tolerance: float) -> tuple[_Trial,
     return plain, False
 
 
-def _fitting(rules: Sequence[Rule], trial: _Trial, tolerance: float, where: str = "") -> list[Rule]:
+def _check_linear(rest: _Trial, ones: _Trial, two: float, plain: _Trial, tolerance: float) -> None:
+    """The loss is a + b x in what its loss functions return, with the same b joined and apart.
+
+    Args:
+        rest: with 0 in their place.
+        ones: with 1 in their place.
+        two: the joined loss with 2 in their place.
+        plain: the trial to name where it is not.
+    """
+    slopes = [one - zero for one, zero in zip(ones.losses(), rest.losses(), strict=True)]
+    slopes.append(two - ones.joined.loss)
+    scale = max(abs(loss) for loss in (two, *ones.losses(), *rest.losses()))
+    if not max(slopes) - min(slopes) <= tolerance * scale:
+        raise _refusal(plain, "it is not linear in its loss functions")
+
+
+def _fitting(rules: Sequence[Rule], trial: _Trial, tolerance: float, where: str = "samples as they are") -> list[Rule]:
     """Those of the rules that a trial bears out, of which there must be one."""
     fitting = [rule for rule in rules if trial.fits(rule, tolerance)]
-    if fitting:
-        return fitting
+    if not fitting:
+        raise _refusal(trial, f"no rule makes the one from the others ({where})")
+    return fitting
+
+
+def _refusal(trial: _Trial, why: str) -> BatchError:
     apart = " and ".join(f"{p.loss:.7g} ({n})" for p, n in zip(trial.pieces, trial.samples, strict=True))
-    raise BatchError(
-        f"the loss of {sum(trial.samples)} samples at once is {trial.joined.loss:.7g}, but apart it is {apart}"
-        f"{where and ', '}{where}, and no rule makes the one from the others: give microbatch_weight ('samples', "
-        "'targets', 'sum' or a callable) if you know the rule, batch_dims if a tensor is cut on the wrong dimension, "
-        "or use microbatches=1 for a loss that compares samples with each other"
+    return BatchError(
+        f"the loss of {sum(trial.samples)} samples at once is {trial.joined.loss:.7g}, apart it is {apart}, and {why}: "
+        "give microbatch_weight ('samples', 'targets', 'sum' or a callable) if you know the rule, batch_dims if a "
+        "tensor is cut on the wrong dimension, or use microbatches=1 for a loss that compares samples with each other"
     )
 
 
-def _try(observe: Observe, layout: BatchLayout, chosen: Any, *, silenced: bool = False, shaken: bool = False) -> _Trial:
-    joined = observe(chosen, silenced=silenced, shaken=shaken)
+def _try(
+    observe: Observe, layout: BatchLayout, chosen: Any, *, faked: float | None = None, shaken: bool = False
+) -> _Trial:
+    joined = observe(chosen, faked=faked, shaken=shaken)
     pieces = layout.split(chosen, 2)
-    apart = tuple(observe(piece.batch, silenced=silenced, shaken=shaken) for piece in pieces)
+    apart = tuple(observe(piece.batch, faked=faked, shaken=shaken) for piece in pieces)
     return _Trial(joined, apart, tuple(piece.samples for piece in pieces))
 
 
-def _try_or_none(try_once: _Try, changed: Any, *, silenced: bool, shaken: bool) -> _Trial | None:
+def _try_or_none(try_once: _Try, changed: Any, *, faked: float | None, shaken: bool) -> _Trial | None:
     """None where the model cannot run this batch, which was never the user's."""
     try:
-        trial = try_once(changed, silenced=silenced, shaken=shaken)
+        trial = try_once(changed, faked=faked, shaken=shaken)
     except Exception:
         return None
     return trial if trial.finite() else None

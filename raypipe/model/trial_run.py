@@ -30,17 +30,17 @@ class Observed:
 class Observe(Protocol):
     """Runs a model's forward on a batch, without randomness, and leaves no trace."""
 
-    def __call__(self, batch: Any, *, silenced: bool = False, shaken: bool = False) -> Observed:
-        """``silenced``: loss functions return zero; ``shaken``: with noise on the last parameters."""
+    def __call__(self, batch: Any, *, faked: float | None = None, shaken: bool = False) -> Observed:
+        """``faked``: what loss functions return instead; ``shaken``: with noise on the last parameters."""
 
 
 def in_process(model: nn.Module, caller: Caller) -> Observe:
     """Runs the model in this process, and leaves its parameters, buffers, modes and the random states as they were."""
 
-    def observe(batch: Any, *, silenced: bool = False, shaken: bool = False) -> Observed:
+    def observe(batch: Any, *, faked: float | None = None, shaken: bool = False) -> Observed:
         # The model may write into its batch, and the pieces are views of the joined one.
         own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
-        with quiet(model), _shaken(model, shaken), Denominators(silenced) as seen:
+        with _shaken(model, shaken), quiet(model), Denominators(faked) as seen:
             try:
                 loss = caller.loss_of(caller.outputs(model, own), own)
             except Exception as error:

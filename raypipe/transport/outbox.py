@@ -42,14 +42,14 @@ class Outbox:
         """Whether the first ``count`` sends are over."""
         return self._gone_count >= count
 
-    def wait(self, count: int, timeout_s: float) -> None:
-        """Blocks until the first ``count`` sends have gone.
+    def wait(self, count: int, left_s: float, timeout_s: float) -> None:
+        """Blocks for up to ``left_s`` seconds until the first ``count`` sends have gone.
 
         Raises:
-            PeerLost: one of them failed, or ``timeout_s`` seconds went by.
+            PeerLost: one of them failed, or the time went by; ``timeout_s`` is the caller's whole limit, for the text.
         """
         with self._change:
-            if not self._change.wait_for(lambda: self._gone_count >= count, timeout_s):
+            if not self._change.wait_for(lambda: self._gone_count >= count, max(left_s, 0.0)):
                 raise PeerLost(self.to, f"it took nothing for {timeout_s:g} s")
             if self._lost is not None:
                 raise self._lost
@@ -88,7 +88,7 @@ class Flush:
         deadline = time.monotonic() + timeout_s
         for outbox, count in self._marks:
             self.source = outbox.to
-            outbox.wait(count, max(deadline - time.monotonic(), 0.0))
+            outbox.wait(count, deadline - time.monotonic(), timeout_s)
 
     def result(self) -> None:
         return None

@@ -1,0 +1,69 @@
+"""From the ranks' reports to one step's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from raypipe.stage.optimizer import global_norm
+from raypipe.stage.report import ForwardReport, TrainReport
+from raypipe.stage.spec import Gradients
+
+__all__ = ["average", "step_metrics", "tokens_in"]
+
+
+def step_metrics(reports: Sequence[TrainReport], gradients: Gradients) -> dict[str, Any]:
+    """One step's metrics.
+
+    Args:
+        reports: by rank.
+        gradients: whose gradients are whose.
+
+    Returns:
+        ``loss``; ``grad_norm`` before clipping; ``lr`` of the first parameter group; ``samples``; ``microbatches``;
+        ``seconds``, of the slowest rank; ``bubble``, the share of the stages' time in which no action was computed;
+        ``peak_in_flight``, by stage.
+    """
+    last = next(report for report in reports if report.loss is not None)
+    norms = [torch.from_numpy(report.norms.copy()) for report in reports]
+    # Each rank measures on its own clock, from its own start of the step to the end of its last action.
+    span = max(float(r.trace.times[-1, 2]) - r.trace.started for r in reports if len(r.trace.times))
+    busy = sum(report.trace.busy for report in reports)
+    return {
+        "step": last.step,
+        "loss": last.loss,
+        "grad_norm": global_norm(gradients, norms) / (last.divisor or 1.0),
+        "lr": next((report.lr[0] for report in reports if report.lr), 0.0),
+        "samples": last.samples,
+        "microbatches": last.microbatches,
+        "seconds": max(report.trace.ended - report.trace.started for report in reports),
+        "bubble": 1.0 - busy / (span * len(reports)) if span else 0.0,
+        "peak_in_flight": tuple(report.trace.peak_in_flight for report in reports),
+    }
+
+
+def average(reports: Sequence[ForwardReport]) -> dict[str, Any]:
+    """The metrics of an evaluation: the loss by its weights, the user's metrics by samples.
+
+    Args:
+        reports: of the last stage, one a batch.
+    """
+    weight = sum(report.weight for report in reports)
+    samples = sum(report.samples for report in reports)
+    names = reports[0].metrics or {}
+    return {
+        "loss": sum((report.loss or 0.0) * report.weight for report in reports) / weight,
+        "samples": samples,
+        **{name: sum((r.metrics or {})[name] * r.samples for r in reports) / samples for name in names},
+    }
+
+
+def tokens_in(batch: Any) -> int | None:
+    """The elements of the batch's first tensor of integers with two dimensions: its tokens, where it has such."""
+    for leaf in torch.utils._pytree.tree_leaves(batch):
+        shape, dtype = getattr(leaf, "shape", ()), str(getattr(leaf, "dtype", ""))
+        if len(shape) == 2 and "int" in dtype:
+            return int(shape[0]) * int(shape[1])
+    return None

@@ -1,0 +1,186 @@
+"""The arguments of a trainer, checked one by one before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypipe.model.partition import check_balance
+from raypipe.model.weights import LossRule
+from raypipe.schedule import Schedule, build, names
+from raypipe.stage.spec import OptimizerMaker, SchedulerMaker
+
+__all__ = ["NOT_YET", "Options", "ScheduleMaker", "default_optimizer", "refuse_not_yet"]
+
+NOT_YET: Mapping[str, Any] = {
+    "chunks": None,
+    "tensor_parallel": 1,
+    "tensor_parallel_plan": None,
+    "data_parallel": 1,
+    "shard": None,
+    "precision": "fp32",
+    "recompute": "none",
+    "compile": False,
+    "checkpoint_every": None,
+    "snapshot_every": None,
+    "elastic": False,
+}
+"""Arguments of the contract that are not built yet, with the only value that is taken."""
+
+
+def default_optimizer(parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """AdamW with a learning rate of 1e-3."""
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleMaker:
+    """Makes the schedule of a number of microbatches; picklable.
+
+    Attributes: ``given``, a name, a schedule, or a callable ``(stages, microbatches) -> Schedule``; ``stages``.
+    """
+
+    given: str | Schedule | Callable[[int, int], Schedule]
+    stages: int
+
+    def __call__(self, microbatches: int) -> Schedule:
+        """The schedule.
+
+        Raises:
+            ValueError: it is for another number of stages or microbatches.
+        """
+        if isinstance(self.given, str):
+            return build(self.given, self.stages, microbatches)
+        made = self.given if isinstance(self.given, Schedule) else self.given(self.stages, microbatches)
+        if not isinstance(made, Schedule):
+            raise TypeError(f"schedule gave a {type(made).__name__}; it must return a raypipe.Schedule")
+        if (made.stages, made.microbatches) != (self.stages, microbatches):
+            raise ValueError(
+                f"schedule {made.name!r} is for {made.stages} stages and {made.microbatches} microbatches, but this step has "
+                f"{self.stages} and {microbatches}; give a name such as '1f1b', or a callable (stages, microbatches)"
+            )
+        if made.chunks != made.stages:
+            raise ValueError(
+                f"schedule {made.name!r} has {made.chunks} chunks on {made.stages} stages, but several chunks a stage are "
+                "not built yet; use one chunk a stage, such as '1f1b'"
+            )
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The checked arguments; api names and meanings are those of ``PipelineTrainer``."""
+
+    stages: int
+    loss: Callable[[Any, Any], Any] | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    optimizer: OptimizerMaker = default_optimizer
+    lr_scheduler: SchedulerMaker | None = None
+    max_grad_norm: float | None = None
+    schedule: str | Schedule | Callable[[int, int], Schedule] = "1f1b"
+    microbatches: int | None = None
+    microbatch_weight: str | Callable[[Any], float] | None = None
+    batch_dims: Any = None
+    units: Sequence[str] | None = None
+    balance: str | Sequence[int] = "flops"
+    batch_norm: str | None = None
+    threads: int | None = None
+    resources_per_stage: Mapping[str, float] | None = None
+    evaluate_every: int | None = None
+    log_every: int = 10
+    metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+    step_timeout_s: float = 300.0
+    backend: str = "ray"
+    seed: int = 0
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        _whole("stages", self.stages)
+        for name in ("microbatches", "threads", "evaluate_every"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name))
+        _whole("log_every", self.log_every)
+        _whole("seed", self.seed, least=0)
+        _positive("step_timeout_s", self.step_timeout_s)
+        if self.max_grad_norm is not None:
+            _positive("max_grad_norm", self.max_grad_norm)
+        if self.backend not in ("ray", "local"):
+            raise ValueError(f"backend is {self.backend!r}, but must be 'ray' or 'local'")
+        if self.batch_norm not in (None, "microbatch"):
+            raise ValueError(f"batch_norm is {self.batch_norm!r}, but must be 'microbatch' or None")
+        self._check_callables()
+        self._check_schedule()
+        check_balance(self.balance)
+        if self.microbatch_weight is not None:
+            LossRule.given(self.microbatch_weight)
+        if self.units is not None and (isinstance(self.units, str) or not all(isinstance(u, str) for u in self.units)):
+            raise TypeError(f"units is {self.units!r}, but must be a list of module name patterns, such as ['layers.*']")
+
+    def _check_callables(self) -> None:
+        for name in ("loss", "forward", "optimizer", "lr_scheduler"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                hint = "a callable, such as lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+                raise TypeError(f"{name} is {value!r}, but must be {hint if name == 'optimizer' else 'a callable'}")
+        if not isinstance(self.metrics, Mapping) or not all(callable(metric) for metric in self.metrics.values()):
+            raise TypeError(f"metrics is {self.metrics!r}, but must be a dict of callables metric(outputs, batch)")
+
+    def _check_schedule(self) -> None:
+        if isinstance(self.schedule, str):
+            if self.schedule not in names():
+                build(self.schedule, 1, 1)  # raises the sentence that lists the names
+        elif isinstance(self.schedule, Schedule):
+            if self.microbatches not in (None, self.schedule.microbatches):
+                raise ValueError(
+                    f"microbatches={self.microbatches}, but the schedule {self.schedule.name!r} has "
+                    f"{self.schedule.microbatches}; leave microbatches out"
+                )
+            self.make_schedule(self.schedule.microbatches)
+        elif not callable(self.schedule):
+            raise TypeError(f"schedule is {self.schedule!r}, but must be one of {names()}, a Schedule, or a callable")
+
+    @property
+    def most_microbatches(self) -> int:
+        """How many microbatches a batch is cut into, if it has the samples."""
+        if isinstance(self.schedule, Schedule):
+            return self.schedule.microbatches
+        return self.microbatches or 16
+
+    @property
+    def make_schedule(self) -> ScheduleMaker:
+        """Makes the schedule of a number of microbatches."""
+        return ScheduleMaker(self.schedule, self.stages)
+
+
+def refuse_not_yet(given: Mapping[str, Any]) -> None:
+    """Refuses arguments of the contract that are not built yet, and unknown ones.
+
+    Raises:
+        ValueError: one has another value than its default.
+        TypeError: there is no such argument.
+    """
+    for name, value in given.items():
+        if name not in NOT_YET:
+            raise TypeError(f"PipelineTrainer has no argument {name!r}")
+        if value != NOT_YET[name]:
+            raise ValueError(
+                f"{name}={value!r} is not built yet; leave it out ({name}={NOT_YET[name]!r} is all that works in this version)"
+            )
+
+
+def _whole(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+    if value < least:
+        raise ValueError(f"{name} is {value}, but must be at least {least}")
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}, but must be a number above 0")
+    if not value > 0:
+        raise ValueError(f"{name} is {value}, but must be above 0")
