@@ -15,7 +15,9 @@ FLOORS = (  # from the top; a room imports from itself and from below, never bes
     {"raypipe"},  # raypipe/__init__.py: the public names
     {"cli"},
     {"trainer"},
+    {"run"},
     {"plan"},
+    {"options"},
     {"driver"},
     {"stage"},
     {"model", "transport", "parallel", "data", "checkpoint", "observe"},
@@ -24,6 +26,7 @@ FLOORS = (  # from the top; a room imports from itself and from below, never bes
     {"__version__"},
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+ROOM_OF = {"table": "plan"}  # one room in two files: a plan, and its text
 
 
 def imports(node: ast.AST, package: str, lazy: bool = False) -> Iterator[tuple[int, str, bool]]:
@@ -46,9 +49,9 @@ def imports(node: ast.AST, package: str, lazy: bool = False) -> Iterator[tuple[i
 
 
 def room_of(path: str) -> str:
-    """The room of a file such as ``stage/worker.py``; of one name behind ``raypipe.`` likewise."""
+    """The room of a file such as ``stage/worker.py``, or of a module or name such as ``stage/worker/Worker``."""
     first = path.removesuffix("__init__.py").removesuffix(".py").partition("/")[0]
-    return first or "raypipe"
+    return ROOM_OF.get(first, first) or "raypipe"
 
 
 def broken_rules(path: str, source: str) -> list[str]:
@@ -61,7 +64,7 @@ def broken_rules(path: str, source: str) -> list[str]:
         top, _, rest = name.partition(".")
         here = f"{path}:{line}: {room} imports {name}"
         if top == "raypipe":
-            target = rest.partition(".")[0] or "__version__"  # `import raypipe` is for its version
+            target = room_of(rest.replace(".", "/") or "__version__")  # `import raypipe` is for its version
             # A name of the package itself, such as raypipe.PipelineTrainer, is on the top floor.
             down = FLOOR_OF[room] < FLOOR_OF.get(target, 0)
             found += [] if room in (target, "raypipe") or down else [f"{here}, which is not below it"]

@@ -49,6 +49,18 @@ def test_a_timeline_to_scale() -> None:
     )
 
 
+def test_two_timelines_share_one_axis() -> None:
+    short, long = build("gpipe", 1, 1).simulate(), build("gpipe", 1, 2).simulate()
+    texts = [draw_spans(found.spans, 1, width=69, until=long.makespan) for found in (short, long)]
+    assert [text.splitlines()[0] for text in texts] == [
+        "stage 0 |0>>>>>>>>>0<<<<<<<<<<<<<<<<<<<",
+        "stage 0 |0>>>>>>>>>1>>>>>>>>>0<<<<<<<<<<<<<<<<<<<1<<<<<<<<<<<<<<<<<<<",
+    ]
+    assert texts[0].splitlines()[1:] == texts[1].splitlines()[1:]
+    with pytest.raises(ValueError, match="until is 5, but the last action ends at 6; give that or later"):
+        draw_spans(long.spans, 1, until=5)
+
+
 def test_measured_times_count_from_the_first_start_in_any_order() -> None:
     spans = build("1f1b", 2, 200).simulate().spans  # more than columns, so that the order of drawing shows
     later = [Span(span.stage, span.action, span.start + 1e9, span.end + 1e9) for span in reversed(spans)]

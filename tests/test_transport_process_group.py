@@ -104,6 +104,19 @@ def test_a_message_of_another_size_never_arrives(team):
     assert DEAD not in team.run(a_message_of_another_size)
 
 
+def a_tensor_elsewhere(transport):
+    if transport.rank == 0:
+        with pytest.raises(ValueError, match="tensors of the CPU, but this one is on meta"):
+            transport.send(1, [torch.ones(1, device="meta")])
+        with pytest.raises(ValueError, match="tensors of the CPU, but this one is on meta"):
+            transport.receive(1, [TensorSpec((1,), torch.float32, torch.device("meta"))])
+    yield from ()
+
+
+def test_only_tensors_of_the_cpu_travel(team):
+    team.run(a_tensor_elsewhere)
+
+
 def memory_is_let_go(transport):
     if transport.rank == 0:
         array = np.ones(1000, dtype=np.float32)

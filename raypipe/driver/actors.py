@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import cloudpickle
 import ray
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raypipe.driver.status import Failed, Finished, Outcome
 from raypipe.driver.versions import NodeInfo
@@ -131,7 +131,7 @@ class StageActor:
                 self._worker.close()
 
 
-def outcome_of(call: ray.ObjectRef, rank: int, step: int, topology: Topology) -> Outcome:
+def outcome_of(call: ray.ObjectRef[Any], rank: int, step: int, topology: Topology) -> Outcome:
     """Takes a call's result, which must be there, and translates what Ray raises in its place."""
     stage = topology.place(rank).stage
     try:

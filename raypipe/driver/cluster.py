@@ -128,7 +128,7 @@ def _answers(address: str) -> bool:
 
 
 def _join(address: str) -> Session:
-    ray.init(address=address, logging_level="WARNING")
+    ray.init(address=address, logging_level=logging.WARNING)
     return Session(started=False)
 
 
@@ -141,7 +141,9 @@ def _start_here(cpus: int) -> Session:
     try:
         # A Ray that ray.init starts sends no usage statistics.
         with _own_token():
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING", _temp_dir=folder)
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, _temp_dir=folder
+            )
     except BaseException:
         session.stop()
         raise

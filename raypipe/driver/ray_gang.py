@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import sys
@@ -85,7 +86,7 @@ def launch(
         group = reserve(bundle, topology.size, timeout_s=room_timeout_s, name=name)
         gang = RayGang(topology, group, bundle, name, own, step_timeout_s, first_step_timeout_s)
     except BaseException:
-        _tear_down((), group, own)
+        _tear_down((), group, own, set())
         raise
     try:
         gang.start(builds, wiring)
@@ -119,7 +120,8 @@ class RayGang:
             _actor_class(bundle, group, rank, name).remote(topology, rank, transport_timeout_s)
             for rank in range(topology.size)
         ]
-        self._finalizer = weakref.finalize(self, _tear_down, tuple(self._actors), group, session)
+        self._untaken: set[Any] = set()
+        self._finalizer = weakref.finalize(self, _tear_down, tuple(self._actors), group, session, self._untaken)
 
     @property
     def failure(self) -> GroupStatus | None:
@@ -131,7 +133,7 @@ class RayGang:
         infos: list[NodeInfo] = self.wait(self._submit(0, "node", lambda actor, rank: actor.node.remote()))
         check_versions(NodeInfo.here(), infos)
         host = infos[0].ip
-        (port,) = self.wait(Pending(0, "rendezvous", (self._actors[0].serve.remote(host),)))
+        (port,) = self.wait(self._submit(0, "rendezvous", lambda actor, rank: actor.serve.remote(host), ranks=1))
         stored = {id(build): ray.put(build) for build in builds}
         path = list(sys.path)
         self.wait(
@@ -182,11 +184,13 @@ class RayGang:
         with hold_interrupts():
             self._finalizer()
 
-    def _submit(self, step: int, kind: str, call: Callable[[Any, int], Any]) -> Pending:
+    def _submit(self, step: int, kind: str, call: Callable[[Any, int], Any], ranks: int | None = None) -> Pending:
         """One call on each rank. Ctrl-C waits meanwhile: a rank without the call would leave the others waiting."""
         self._step = step
         with hold_interrupts():
-            return Pending(step, kind, tuple(call(actor, rank) for rank, actor in enumerate(self._actors)))
+            pending = Pending(step, kind, tuple(call(actor, rank) for rank, actor in enumerate(self._actors[:ranks])))
+            self._untaken.update(pending.calls)
+        return pending
 
     def _collect(self, pending: Pending) -> GroupStatus:
         """Waits until all have finished, or one has failed and the cause is known, or one is stuck."""
@@ -222,6 +226,7 @@ class RayGang:
         if ray.wait(calls, num_returns=1, timeout=TICK_S)[0]:
             for call in ray.wait(calls, num_returns=len(calls), timeout=0)[0]:
                 outcomes[rank_of[call]] = outcome_of(call, rank_of[call], pending.step, self._topology)
+                self._untaken.discard(call)
 
 
 def _patience(status: GroupStatus, watch: Watch) -> float:
@@ -235,7 +240,8 @@ def _patience(status: GroupStatus, watch: Watch) -> float:
 def _actor_class(bundle: Mapping[str, float], group: PlacementGroup, rank: int, name: str) -> Any:
     special = {"CPU", "GPU", "memory"}
     options: dict[str, Any] = {"memory": int(bundle["memory"])} if "memory" in bundle else {}
-    return ray.remote(concurrency_groups={CONTROL: 2})(StageActor).options(
+    remote = ray.remote(concurrency_groups={CONTROL: 2})  # type: ignore[call-overload]
+    return remote(StageActor).options(
         name=f"{name}/rank {rank}",
         num_cpus=bundle.get("CPU", 0),
         num_gpus=bundle.get("GPU", 0),
@@ -246,7 +252,7 @@ def _actor_class(bundle: Mapping[str, float], group: PlacementGroup, rank: int, 
     )
 
 
-def _tear_down(actors: Sequence[Any], group: PlacementGroup | None, session: Session | None) -> None:
+def _tear_down(actors: Sequence[Any], group: PlacementGroup | None, session: Session | None, untaken: set[Any]) -> None:
     """Ends actors, placement group and session; whatever is gone already is no error."""
     if ray.is_initialized():
         # First politely, so that workers can drop their files; a stopped process does not answer, so not for long.
@@ -260,5 +266,10 @@ def _tear_down(actors: Sequence[Any], group: PlacementGroup | None, session: Ses
         ends = [actor.node.remote() for actor in actors]
         if ends:
             ray.wait(ends, num_returns=len(ends), timeout=KILL_TIMEOUT_S)
+        # Ray prints every error that nobody took, some seconds later and below the user's own traceback.
+        for call in untaken:
+            with contextlib.suppress(Exception):
+                ray.get(call, timeout=0)
+        untaken.clear()
     if session is not None:
         session.stop()

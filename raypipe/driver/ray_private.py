@@ -23,4 +23,5 @@ def current_cluster() -> str | None:
 
 def free_by_node() -> dict[str, dict[str, float]]:
     """What each node has free, by node id; the public call only gives the sum over all nodes."""
-    return cast("dict[str, dict[str, float]]", ray._private.state.available_resources_per_node())
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return cast("dict[str, dict[str, float]]", free)

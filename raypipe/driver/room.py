@@ -26,7 +26,8 @@ class Room:
 
 def default_resources() -> dict[str, float]:
     """One GPU a rank where the cluster has GPUs, else one CPU."""
-    return {"GPU": 1.0} if ray.cluster_resources().get("GPU", 0) > 0 else {"CPU": 1.0}
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return {"GPU": 1.0} if total.get("GPU", 0) > 0 else {"CPU": 1.0}
 
 
 def rooms() -> list[Room]:
@@ -34,7 +35,7 @@ def rooms() -> list[Room]:
     free = free_by_node()
     return [
         Room(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
-        for node in ray.nodes()
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"]
     ]
 
@@ -75,7 +76,7 @@ def reserve(bundle: Mapping[str, float], ranks: int, *, timeout_s: float = 30.0,
     nodes = rooms()
     if capacity(bundle, nodes) < ranks:
         raise ResourcesError(refusal(bundle, ranks, nodes, None))
-    group = placement_group([dict(bundle)] * ranks, strategy="PACK", name=name)
+    group: PlacementGroup = placement_group([dict(bundle)] * ranks, strategy="PACK", name=name)
     try:
         if not group.wait(timeout_s):
             raise ResourcesError(refusal(bundle, ranks, rooms(), timeout_s))

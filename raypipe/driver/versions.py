@@ -33,7 +33,7 @@ class NodeInfo:
         """This process."""
         return cls(
             node=ray.get_runtime_context().get_node_id(),
-            ip=ray.util.get_node_ip_address(),
+            ip=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             pid=os.getpid(),
             python=platform.python_version(),
             # Without the build ("+cpu", "+cu126"): a driver without a GPU is no reason to refuse.

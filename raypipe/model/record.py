@@ -26,7 +26,7 @@ from raypipe.tensors import TensorSpec
 __all__ = ["changes_in_place", "function_name", "record"]
 
 READS = frozenset(
-    "__bool__ __int__ __float__ __complex__ __index__ __array__ item tolist numpy equal allclose is_nonzero".split()
+    ["__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__", "item", "tolist", "numpy", "equal", "allclose", "is_nonzero"]
 )
 CANNOT_BE_FAKED = (
     fake_tensor.UnsupportedFakeTensorException,

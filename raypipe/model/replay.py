@@ -22,9 +22,7 @@ from raypipe.model.recording import Constant, Event, New, Recording, Same, Windo
 __all__ = ["Seeds", "replay"]
 
 _SHAPES = frozenset(
-    "shape size dim ndim dtype device stride numel nelement layout is_contiguous is_floating_point is_complex is_leaf "
-    "requires_grad is_cuda is_meta is_sparse is_quantized is_nested is_cpu element_size itemsize nbytes names __len__ "
-    "storage_offset".split()
+    ["shape", "size", "dim", "ndim", "dtype", "device", "stride", "numel", "nelement", "layout", "is_contiguous", "is_floating_point", "is_complex", "is_leaf", "requires_grad", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_cpu", "element_size", "itemsize", "nbytes", "names", "__len__", "storage_offset"]
 )
 
 _MASK = (1 << 64) - 1

@@ -87,6 +87,7 @@ def draw_spans(
     title: str | None = None,
     unit: str = "",
     color: bool = False,
+    until: float | None = None,
 ) -> str:
     """A timeline to scale: one row a stage, planned times and measured ones alike.
 
@@ -100,13 +101,43 @@ def draw_spans(
         title: a line above it.
         unit: the unit of the times, named below the axis.
         color: colour the actions by ANSI codes.
+        until: the time at the right end, so that several timelines share one axis; without it the last action's end.
 
     Returns:
         The drawing, without a newline at the end.
 
     Raises:
-        ValueError: no spans, a span on a stage that there is not, or too small a width.
+        ValueError: no spans, a span on a stage that there is not, too small a width, or an end before the last action's.
     """
+    _check_spans(spans, stages, width)
+    origin = min(span.start for span in spans)
+    makespan = max(span.end for span in spans) - origin
+    if until is not None and until < makespan:
+        raise ValueError(f"until is {until:g}, but the last action ends at {makespan:g}; give that or later")
+    end = makespan if until is None else until
+    if end < sys.float_info.min:  # no float resolves parts of it
+        end = 0.0
+    indent = len(_label(0, stages))
+    columns = width - indent
+
+    def column(moment: float) -> int:
+        return round((moment - origin) / end * columns) if end else 0
+
+    over = column(origin + makespan) if end else columns  # nobody idles after the last action
+    rows = [[_IDLE] * over + [" "] * (columns - over) for _ in range(stages)]
+    for span in sorted(spans, key=lambda span: span.start):
+        first = min(column(span.start), columns - 1)
+        last = max(column(span.end), first + 1)
+        rows[span.stage][first:last] = _bar(span.action, last - first, color)
+    lines = [] if title is None else [title]
+    lines += [_label(stage, stages) + "".join(row).rstrip() for stage, row in enumerate(rows)]
+    lines += [" " * (indent - 1) + line for line in _axis(end, columns)]
+    kinds = [f"{_FILL[op]} {_WORD[op]}" for op in _FILL if any(span.action.op is op for span in spans)]
+    lines.append(" " * indent + "   ".join([*kinds, f"{_IDLE} idle", *([f"time in {unit}"] if unit else [])]))
+    return "\n".join(lines)
+
+
+def _check_spans(spans: Sequence[Span], stages: int, width: int) -> None:
     if not spans:
         raise ValueError("there are no spans to draw; give at least one")
     if width < _MIN_WIDTH:
@@ -114,27 +145,6 @@ def draw_spans(
     for span in spans:
         if not 0 <= span.stage < stages:
             raise ValueError(f"{span.action} ran on stage {span.stage}, but the stages are 0 to {stages - 1}")
-    origin = min(span.start for span in spans)
-    makespan = max(span.end for span in spans) - origin
-    indent = len(_label(0, stages))
-    columns = width - indent
-    if makespan < sys.float_info.min:  # no float resolves parts of it
-        makespan = 0.0
-
-    def column(moment: float) -> int:
-        return round((moment - origin) / makespan * columns) if makespan else 0
-
-    rows = [[_IDLE] * columns for _ in range(stages)]
-    for span in sorted(spans, key=lambda span: span.start):
-        first = min(column(span.start), columns - 1)
-        last = max(column(span.end), first + 1)
-        rows[span.stage][first:last] = _bar(span.action, last - first, color)
-    lines = [] if title is None else [title]
-    lines += [_label(stage, stages) + "".join(row) for stage, row in enumerate(rows)]
-    lines += [" " * (indent - 1) + line for line in _axis(makespan, columns)]
-    kinds = [f"{_FILL[op]} {_WORD[op]}" for op in _FILL if any(span.action.op is op for span in spans)]
-    lines.append(" " * indent + "   ".join([*kinds, f"{_IDLE} idle", *([f"time in {unit}"] if unit else [])]))
-    return "\n".join(lines)
 
 
 def _grid(programs: Programs) -> list[list[int | None]]:
@@ -169,12 +179,12 @@ def _bar(action: Action, columns: int, color: bool) -> list[str]:
     return [_paint(character, _COLOR[action.op], color) for character in text]
 
 
-def _axis(makespan: float, columns: int) -> tuple[str, str]:
+def _axis(end: float, columns: int) -> tuple[str, str]:
     """Two lines: ticks at round times, and their labels."""
-    step = _round_up(makespan * _TICK_COLUMNS / columns) if makespan > 0 else 1.0
+    step = _round_up(end * _TICK_COLUMNS / columns) if end > 0 else 1.0
     ruler, labels = ["-"] * (columns + 1), ""
-    for tick in range(math.floor(makespan / step * (1 + 1e-9)) + 1):
-        column = round(tick * step / makespan * columns) if makespan > 0 else 0
+    for tick in range(math.floor(end / step * (1 + 1e-9)) + 1):
+        column = round(tick * step / end * columns) if end > 0 else 0
         ruler[column] = "+"
         text = f"{tick * step:g}"
         labels = f"{labels.ljust(min(column, columns + 1 - len(text)))}{text} "

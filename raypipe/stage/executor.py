@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from raypipe.errors import PeerLost, StageError
+from raypipe.errors import RaypipeError, StageError
 from raypipe.observe.events import Recorder
 from raypipe.schedule import Action, Op
 from raypipe.stage.inbox import Inbox
@@ -96,7 +96,7 @@ def execute(
         start = monotonic()
         try:
             made = _compute(computer, item.action, received)
-        except PeerLost:
+        except RaypipeError:
             raise
         except Exception as error:
             raise _stage_error(program, item, step, error) from error

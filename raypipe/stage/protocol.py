@@ -59,13 +59,15 @@ class Worker(Protocol):
 
 def run_blocking(work: RankWork[T], timeout_s: float) -> T:
     """Runs a rank's work to its end, blocking on each handle for up to ``timeout_s`` seconds."""
+    failure: BaseException | None = None
     while True:
         try:
-            handle = next(work)
+            # Thrown into the work, so that it is reported with the action that waited.
+            handle = next(work) if failure is None else work.throw(failure)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
+        failure = None
         try:
             handle.wait(timeout_s)
         except BaseException as error:
-            # Raised inside the work, so that it is reported with the action that waited.
-            work.throw(error)
+            failure = error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raypipe.data.wire import Wire, pack, unpack
-from raypipe.errors import PeerLost, StageError, StepError
+from raypipe.errors import PeerLost, RaypipeError, StageError
 from raypipe.model.build import held_state
 from raypipe.model.join import join_outputs
 from raypipe.model.microbatch import LayoutCache, Microbatch
@@ -161,7 +161,7 @@ class StageWorker:
         """An exception outside the actions is reported with a word in the action's place."""
         try:
             yield
-        except StepError:
+        except RaypipeError:
             raise
         except Exception as error:
             raise StageError(self._stage, word, step, error) from error
