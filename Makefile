@@ -10,12 +10,12 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test test-slow check bench
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## build .venv with everything, once
 
 # torch comes first and at its pinned version: an open range takes the newest build, on Linux one with gigabytes of
-# CUDA. Where there is no GPU, a CPU build of the same version (2.13.0+cpu) is a tenth of it; pip prefers one where it
+# CUDA. Where there is no GPU, a CPU build of the same version (2.13.0+cpu) is much smaller; pip prefers it where it
 # can see it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
 # The project is built with the pinned setuptools (no isolation), so nothing unpinned is fetched.
 $(READY): pyproject.toml constraints.txt

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 from torch import Tensor, nn
 
 from raypipe.data import Cursor, Feed, open_source
@@ -281,7 +282,7 @@ def _start(plan: Plan) -> Gang:
 
     return launch(
         plan.topology,
-        plan.build_of,
+        [cloudpickle.dumps(plan.build_of(rank)) for rank in range(plan.topology.size)],
         plan.wiring(),
         resources=options.resources_per_stage,
         step_timeout_s=options.step_timeout_s,

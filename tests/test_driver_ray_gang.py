@@ -81,7 +81,7 @@ def test_a_healthy_gang(ray_session: Session, gang: RayGang) -> None:
     assert soon(lambda: created_groups() == 0, 2)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_error_of_the_user_arrives_as_it_is(gang: RayGang, rank: int, caplog: pytest.LogCaptureFixture) -> None:
     run(gang, 0, {})
     began = time.monotonic()
@@ -103,6 +103,7 @@ def test_an_error_of_the_user_arrives_as_it_is(gang: RayGang, rank: int, caplog:
     assert sorted(gang.failure.errors) == [0, 1, 2]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * len(others)
 
+    # The step that was queued behind is answered at once, and it has the same cause.
     began = time.monotonic()
     assert len(ray.wait(list(second.calls), num_returns=3, timeout=5)[0]) == 3
     with pytest.raises(StageError, match=f"rank {rank} dislikes step 1"):
@@ -125,6 +126,7 @@ def test_a_killed_rank_is_named(gang: RayGang) -> None:
     assert soon(lambda: not any(map(alive, ids)), 3)
 
 
+@pytest.mark.slow
 def test_the_news_never_comes_before_the_cause(gang: RayGang) -> None:
     """Two ranks report a closed connection; the rank that has the error does not say so for a second."""
 
@@ -138,6 +140,7 @@ def test_the_news_never_comes_before_the_cause(gang: RayGang) -> None:
         run(gang, 0, {1: slowly})
 
 
+@pytest.mark.slow
 def test_a_lost_connection_alone_is_raised_after_a_grace(gang: RayGang) -> None:
     def silently(toy: Toy, step: int) -> None:
         assert toy.transport is not None
@@ -152,17 +155,18 @@ def test_a_lost_connection_alone_is_raised_after_a_grace(gang: RayGang) -> None:
 
 
 def test_a_rank_that_hangs_is_stuck_and_the_others_are_not(ray_session: Session) -> None:
-    with contextlib.closing(start(ray_session, 3, step_timeout_s=2.0)) as gang:
+    with contextlib.closing(start(ray_session, 3, step_timeout_s=1.0)) as gang:
         run(gang, 0, {})
         began = time.monotonic()
         with pytest.raises(StageStuck) as caught:
             run(gang, 1, {1: nap})
-        assert 2 <= time.monotonic() - began < 5
+        assert 1 <= time.monotonic() - began < 5
         assert (caught.value.stage, caught.value.action) == (1, "0F0")
         assert "waits for rank" in caught.value.ranks[0]
         assert "rank 1: at 0F0 for" in caught.value.ranks[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_stuck_and_ends_with_the_gang(ray_session: Session) -> None:
     with contextlib.closing(start(ray_session, 2, step_timeout_s=2.0)) as gang:
         ids = [value for _, _, value, _ in run(gang, 0, everywhere(pids, range(2)))]
@@ -175,6 +179,7 @@ def test_a_stopped_process_is_stuck_and_ends_with_the_gang(ray_session: Session)
     assert soon(lambda: not any(map(alive, ids)), 10)
 
 
+@pytest.mark.slow
 def test_a_slow_step_is_no_alarm(ray_session: Session) -> None:
     def two_slow_halves(toy: Toy, step: int) -> None:
         for _ in range(4):
@@ -194,7 +199,10 @@ class Unpicklable(Exception):
 
 @pytest.mark.parametrize(
     ("make", "text"),
-    [(lambda: Unpicklable("holds a lock"), "holds a lock"), (lambda: ToldError("two arguments", 2), "two arguments")],
+    [
+        (lambda: Unpicklable("holds a lock"), "holds a lock"),
+        pytest.param(lambda: ToldError("two arguments", 2), "two arguments", marks=pytest.mark.slow),
+    ],
 )
 def test_an_exception_that_cannot_travel_arrives_as_text(
     gang: RayGang, make: Callable[[], Exception], text: str
@@ -209,6 +217,7 @@ def test_an_exception_that_cannot_travel_arrives_as_text(
     assert caught.value.stage == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_ends_its_process_is_lost(gang: RayGang) -> None:
     with pytest.raises(StageLost) as caught:
         run(gang, 0, {2: lambda toy, step: os._exit(3)})
@@ -239,6 +248,7 @@ def test_wrong_arguments_are_refused_before_anything_starts(ray_session: Session
     assert created_groups() == 0
 
 
+@pytest.mark.slow
 def test_a_gang_that_is_forgotten_is_ended(ray_session: Session) -> None:
     gang = start(ray_session, 2)
     ids = [value for _, _, value, _ in run(gang, 0, everywhere(pids, range(2)))]

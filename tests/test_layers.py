@@ -38,12 +38,12 @@ def imports(node: ast.AST, package: str, lazy: bool = False) -> Iterator[tuple[i
         base = ".".join([*above, *([node.module] if node.module else [])])
         yield from ((node.lineno, f"{base}.{alias.name}", lazy) for alias in node.names)
     elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-        for child in node.body:
-            yield from imports(child, package, True)
-        for child in node.orelse:
-            yield from imports(child, package, lazy)
+        for inner in node.body:
+            yield from imports(inner, package, True)
+        for other in node.orelse:
+            yield from imports(other, package, lazy)
     else:
-        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
             yield from imports(child, package, lazy)
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from raypipe.observe.timeline import bubble
 from raypipe.stage.optimizer import global_norm
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.spec import Gradients
@@ -28,9 +30,6 @@ def step_metrics(reports: Sequence[TrainReport], gradients: Gradients) -> dict[s
     """
     last = next(report for report in reports if report.loss is not None)
     norms = [torch.from_numpy(report.norms.copy()) for report in reports]
-    # Each rank measures on its own clock, from its own start of the step to the end of its last action.
-    span = max(float(r.trace.times[-1, 2]) - r.trace.started for r in reports if len(r.trace.times))
-    busy = sum(report.trace.busy for report in reports)
     return {
         "step": last.step,
         "loss": last.loss,
@@ -39,7 +38,7 @@ def step_metrics(reports: Sequence[TrainReport], gradients: Gradients) -> dict[s
         "samples": last.samples,
         "microbatches": last.microbatches,
         "seconds": max(report.trace.ended - report.trace.started for report in reports),
-        "bubble": 1.0 - busy / (span * len(reports)) if span else 0.0,
+        "bubble": bubble([report.trace for report in reports]),
         "peak_in_flight": tuple(report.trace.peak_in_flight for report in reports),
     }
 
@@ -62,8 +61,9 @@ def average(reports: Sequence[ForwardReport]) -> dict[str, Any]:
 
 def tokens_in(batch: Any) -> int | None:
     """The elements of the batch's first tensor of integers with two dimensions: its tokens, where it has such."""
-    for leaf in torch.utils._pytree.tree_leaves(batch):
-        shape, dtype = getattr(leaf, "shape", ()), str(getattr(leaf, "dtype", ""))
+    for leaf in pytree.tree_leaves(batch):
+        shape: tuple[int, ...] = tuple(getattr(leaf, "shape", ()))
+        dtype = str(getattr(leaf, "dtype", ""))
         if len(shape) == 2 and "int" in dtype:
             return int(shape[0]) * int(shape[1])
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import sys
@@ -12,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 
-from raypipe.driver.actors import CONTROL, StageActor, outcome_of
+from raypipe.driver.actors import outcome_of
 from raypipe.driver.cluster import Session, check_resources, start_ray
 from raypipe.driver.failure import explains, first_cause
 from raypipe.driver.gang import Pending
 from raypipe.driver.interrupts import hold_interrupts
+from raypipe.driver.lifecycle import start_actors, tear_down
 from raypipe.driver.room import default_resources, reserve
 from raypipe.driver.status import Failed, GroupStatus, Outcome, Running
 from raypipe.driver.stuck import find_stuck
@@ -43,7 +42,6 @@ GRACE_S = 2.0
 """How long the cause may come after the news of it: neighbours hear of a death before Ray does."""
 LONG_GRACE_S = 20.0
 """The same where a rank does not even answer: its whole node may be gone, which Ray knows after some 12 s."""
-KILL_TIMEOUT_S = 10.0
 
 
 def launch(
@@ -86,7 +84,7 @@ def launch(
         group = reserve(bundle, topology.size, timeout_s=room_timeout_s, name=name)
         gang = RayGang(topology, group, bundle, name, own, step_timeout_s, first_step_timeout_s)
     except BaseException:
-        _tear_down((), group, own, set())
+        tear_down((), group, own, set())
         raise
     try:
         gang.start(builds, wiring)
@@ -116,12 +114,9 @@ class RayGang:
         self._failure: GroupStatus | None = None
         # A wait for a peer ends later than the watch: the watch names the stuck rank, this only ends an orphan's wait.
         transport_timeout_s = max(step_timeout_s, first_step_timeout_s) + 60.0
-        self._actors = [
-            _actor_class(bundle, group, rank, name).remote(topology, rank, transport_timeout_s)
-            for rank in range(topology.size)
-        ]
+        self._actors = start_actors(topology, bundle, group, name, transport_timeout_s)
         self._untaken: set[Any] = set()
-        self._finalizer = weakref.finalize(self, _tear_down, tuple(self._actors), group, session, self._untaken)
+        self._finalizer = weakref.finalize(self, tear_down, tuple(self._actors), group, session, self._untaken)
 
     @property
     def failure(self) -> GroupStatus | None:
@@ -235,41 +230,3 @@ def _patience(status: GroupStatus, watch: Watch) -> float:
         return SETTLE_S
     silent = any(view.silent_s > GRACE_S / 2 for view in watch.views(status.running))
     return LONG_GRACE_S if silent else GRACE_S
-
-
-def _actor_class(bundle: Mapping[str, float], group: PlacementGroup, rank: int, name: str) -> Any:
-    special = {"CPU", "GPU", "memory"}
-    options: dict[str, Any] = {"memory": int(bundle["memory"])} if "memory" in bundle else {}
-    remote = ray.remote(concurrency_groups={CONTROL: 2})  # type: ignore[call-overload]
-    return remote(StageActor).options(
-        name=f"{name}/rank {rank}",
-        num_cpus=bundle.get("CPU", 0),
-        num_gpus=bundle.get("GPU", 0),
-        resources={key: amount for key, amount in bundle.items() if key not in special},
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        max_restarts=0,
-        **options,
-    )
-
-
-def _tear_down(actors: Sequence[Any], group: PlacementGroup | None, session: Session | None, untaken: set[Any]) -> None:
-    """Ends actors, placement group and session; whatever is gone already is no error."""
-    if ray.is_initialized():
-        # First politely, so that workers can drop their files; a stopped process does not answer, so not for long.
-        farewells = [actor.close.options(concurrency_group=CONTROL).remote() for actor in actors]
-        if farewells:
-            ray.wait(farewells, num_returns=len(farewells), timeout=1.0)
-        for actor in actors:
-            ray.kill(actor)
-        if group is not None:
-            remove_placement_group(group)
-        ends = [actor.node.remote() for actor in actors]
-        if ends:
-            ray.wait(ends, num_returns=len(ends), timeout=KILL_TIMEOUT_S)
-        # Ray prints every error that nobody took, some seconds later and below the user's own traceback.
-        for call in untaken:
-            with contextlib.suppress(Exception):
-                ray.get(call, timeout=0)
-        untaken.clear()
-    if session is not None:
-        session.stop()

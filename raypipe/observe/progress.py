@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    from rich.live import Live
+from typing import Any, TextIO
 
 __all__ = ["Progress"]
 
@@ -27,7 +25,7 @@ class Progress:
     """Shows step, loss, speed, bubble and time; a context manager.
 
     On a terminal one line is redrawn at most ten times a second, and what the program prints meanwhile appears above
-    it. Elsewhere (a file, a pipe) there is a plain line for the first step, for every ``log_every``-th and for the last.
+    it. Elsewhere (a file, a pipe) there is a plain line for the first step, every ``log_every``-th, and the last.
 
     Args:
         total_steps: how many steps this run has, where that is known.
@@ -46,7 +44,7 @@ class Progress:
             raise ValueError(f"log_every is {log_every}, but must be at least 1; give quiet=True to see nothing")
         self._total, self._log_every, self._quiet = total_steps, log_every, quiet
         self._stream = sys.stderr if stream is None else stream
-        self._live: Live | None = None
+        self._live: _LiveLine | None = None
         self._began = monotonic()
         self._shown_at = float("-inf")
         self._end: int | None = None
@@ -56,9 +54,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = monotonic()
-        if not self._quiet and self._stream.isatty():
-            self._live = _live_line(self._stream)
-            self._live.start()
+        if not self._quiet and self._stream.isatty() and os.environ.get("TERM") != "dumb":
+            self._live = _LiveLine(self._stream)
         return self
 
     def __exit__(
@@ -98,7 +95,7 @@ class Progress:
     def _show(self, metrics: Mapping[str, Any]) -> None:
         line = self._line(metrics)
         if self._live is not None:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._live.show(line)
         else:
             self._stream.write(line + "\n")
             self._stream.flush()
@@ -116,24 +113,35 @@ class Progress:
         if noun is not None and self._seconds > 0:
             shown.append(f"{_short(self._counts[noun] / self._seconds)} {noun}/s")
         shown.append(_clock(monotonic() - self._began))
-        return " · ".join(shown)
+        return "  ".join(shown)
 
 
-def _live_line(stream: TextIO) -> Live:
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
+class _LiveLine:
+    """A line at the bottom of a terminal."""
 
-    # force_terminal: the stream was asked; rich would also look at the environment.
-    console = Console(file=stream, force_terminal=True, highlight=False)
-    return Live(
-        Text(),
-        console=console,
-        auto_refresh=False,
-        # What is written to a file or a pipe must go there, not above the line.
-        redirect_stdout=sys.stdout.isatty(),
-        redirect_stderr=sys.stderr.isatty(),
-    )
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        # The stream was asked whether it is a terminal; rich would look at the environment too.
+        console = Console(file=stream, force_terminal=True)
+        # What the program prints is written above the line, but where it goes to a file or a pipe it must go there.
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+        self._live.start()
+
+    def show(self, line: str) -> None:
+        from rich.text import Text
+
+        self._live.update(Text(line, no_wrap=True, overflow="crop"), refresh=True)
+
+    def stop(self) -> None:
+        """Leaves the last line where it is."""
+        self._live.stop()
 
 
 def _short(number: float) -> str:

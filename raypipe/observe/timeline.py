@@ -87,7 +87,8 @@ def draw_planned_and_measured(schedule: Schedule, traces: Sequence[Trace], width
     """
     if tuple(trace.actions for trace in traces) != schedule.programs:
         raise ValueError(
-            f"the {len(traces)} traces are not of {schedule.headline()}; give one a stage, of a step that ran this schedule"
+            f"the traces of {len(traces)} ranks are not of {schedule.headline()}; "
+            "give one for each stage, of a step that ran this schedule"
         )
     planned = schedule.simulate(mean_costs(traces)).spans
     measured = measured_spans(traces)

@@ -107,7 +107,7 @@ def draw_spans(
         The drawing, without a newline at the end.
 
     Raises:
-        ValueError: no spans, a span on a stage that there is not, too small a width, or an end before the last action's.
+        ValueError: no spans, a span on a stage that there is not, too small a width, or ``until`` before the last end.
     """
     _check_spans(spans, stages, width)
     origin = min(span.start for span in spans)

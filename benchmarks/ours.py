@@ -1,0 +1,79 @@
+"""raypipe's side of a comparison: a trainer over Ray, and every step's traces out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.peer import Task
+from raypipe import PipelineTrainer
+from raypipe.observe.events import Trace
+
+__all__ = ["Steps", "steps_of", "trainer_of"]
+
+
+@contextmanager
+def trainer_of(task: Task, schedule: str = "1f1b", **options: Any) -> Iterator[PipelineTrainer]:
+    """A trainer of the task over Ray actors, its ``fit`` drawing the task's batch again and again."""
+    from ray.train import RunConfig
+
+    batch = task.batch()
+    with TemporaryDirectory() as folder:
+        given: dict[str, Any] = {
+            "datasets": {"train": [batch]},
+            "loss": task.loss,
+            "optimizer": task.optimizer,
+            "microbatches": task.microbatches,
+            "balance": list(task.counts),
+            "schedule": schedule,
+            "quiet": True,
+            "run_config": RunConfig(name="benchmark", storage_path=folder),
+            **options,
+        }
+        with PipelineTrainer(task.model(), len(task.counts), **given) as trainer:
+            yield trainer
+
+
+class Steps:
+    """The traces of consecutive steps of one ``fit``; all ranks are on this machine, so on one clock."""
+
+    def __init__(self, traces: Sequence[Sequence[Trace]]) -> None:
+        self.traces = traces
+
+    @property
+    def periods(self) -> list[float]:
+        """Seconds from each step's start on rank 0 to the next one's, the last one's to its end."""
+        starts = [ranks[0].started for ranks in self.traces]
+        marks = [*starts, self.traces[-1][0].ended]
+        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between the end of a step and the start of the next one, on each rank."""
+        pairs = zip(self.traces, self.traces[1:], strict=False)
+        return [b.started - a.ended for before, after in pairs for a, b in zip(before, after, strict=True)]
+
+
+def steps_of(trainer: PipelineTrainer, steps: int) -> Steps:
+    """Runs ``fit`` for some steps, more than any before, and keeps what the ranks report.
+
+    Metrics are summaries; the reports behind them pass through the gang's ``wait``, so it is listened to here.
+    """
+    gang: Any = trainer._gang
+    taken: list[list[Trace]] = []
+    wait = gang.wait
+
+    def listening(pending: Any) -> list[Any]:
+        reports: list[Any] = wait(pending)
+        if pending.kind == "train":
+            taken.append([report.trace for report in reports])
+        return reports
+
+    gang.wait = listening
+    try:
+        trainer.fit(steps=steps)
+    finally:
+        del gang.wait
+    return Steps(taken)

@@ -1,0 +1,85 @@
+"""What a rank's process holds, told from inside it: an optimizer that writes it down after each step."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raypipe.model.husk import Husk
+
+__all__ = ["Witness", "read_witness", "witness"]
+
+
+class Witness(torch.optim.SGD):
+    """SGD that changes nothing and notes, in a file of ``folder``, memory and weights of its process.
+
+    It is made when the rank has its weights and before its first step; the peak counts from there.
+    """
+
+    def __init__(self, parameters: Any, folder: str) -> None:
+        parameters = list(parameters)
+        super().__init__([p for _, p in parameters], lr=0.0)
+        self._folder, self._names = Path(folder), [name for name, _ in parameters]
+        self._weights = sum(p.numel() * p.element_size() for _, p in parameters)
+        self._built = _memory("VmHWM")
+        # Linux: from now on the peak is that of what follows.
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _memory("VmRSS")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Notes, and steps."""
+        super().step(closure)
+        noted = {
+            "names": self._names,
+            "weights": self._weights,
+            "parameters_here": _parameter_bytes(),
+            "peak_building": self._built,
+            "peak_growth": _memory("VmHWM") - self._before,
+        }
+        (self._folder / f"{os.getpid()}.json").write_text(json.dumps(noted))
+
+
+def witness(folder: str) -> Callable[[Any], Witness]:
+    """An ``optimizer`` for a trainer."""
+    return _Maker(folder)
+
+
+def read_witness(folder: str) -> list[dict[str, Any]]:
+    """What each rank noted last, by stage: parameters are named by their place in the model."""
+    notes = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    return sorted(notes, key=lambda note: int(note["names"][0].partition(".")[0]))
+
+
+class _Maker:
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def __call__(self, parameters: Any) -> Witness:
+        return Witness(parameters, self._folder)
+
+
+def _memory(key: str) -> int:
+    """Bytes of this process, as Linux counts them."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}; this benchmark needs Linux")
+
+
+def _parameter_bytes() -> int:
+    """Of all parameters with memory of their own that this process holds, whoever holds them."""
+    gc.collect()
+    found = [each for each in gc.get_objects() if isinstance(each, nn.Parameter) and type(each) is not Husk]
+    return sum(_storage_bytes(each) for each in {each.data_ptr(): each for each in found}.values())
+
+
+def _storage_bytes(tensor: Tensor) -> int:
+    return 0 if isinstance(tensor, Husk) or tensor.device.type != "cpu" else tensor.numel() * tensor.element_size()
