@@ -15,8 +15,8 @@ help: ## list the targets
 setup: $(READY) ## build .venv with everything, once
 
 # torch comes first and at its pinned version: an open range takes the newest build, on Linux one with gigabytes of
-# CUDA. Where there is no GPU, a CPU build of the same version (2.13.0+cpu) is much smaller; pip prefers it where it
-# can see it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+# CUDA. Where there is no GPU, a CPU build of the same version (2.13.0+cpu) is much smaller; pip prefers it where its
+# own configuration shows it one (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
 # The project is built with the pinned setuptools (no isolation), so nothing unpinned is fetched.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,hf]'
 	@touch $(READY)
 
-demo: setup ## train a small GPT on two stages
+demo: setup ## train a byte-level GPT over four stages
 	@$(RUN) examples/train_gpt.py
 
 test: setup ## the fast tests

@@ -5,74 +5,74 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.models import first_mean, scales
+from benchmarks.models import first_mean, hoards, scales
 from benchmarks.ours import trainer_of
 from benchmarks.peer import Task
 from benchmarks.table import Row, Subject, counted, measured
-from benchmarks.witness import read_witness, witness
+from benchmarks.witness import Note, read_witness, witness
 
 __all__ = ["run"]
 
 STAGES, MICROBATCHES = 4, 32
-ACTIVATION_BYTES = 4 * 2**20
-WEIGHT_BYTES = 128 * 2**20
-GROWTH_BAR = 0.5
+ACTIVATION = 2**20
+"""Float32 numbers that a stage keeps for a microbatch."""
+WEIGHTS, RICH = 2**26, 1
+"""Float32 numbers that one stage holds as weights; the others hold one."""
+GROWTH_BAR, STRANGER_BAR = 0.5, 0.05
 
 
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
-    """One pipeline a schedule for activations, one for weights; peaks do not vary with rounds, so there are two steps."""
+    """One pipeline a schedule for activations, two for weights; a peak does not vary with rounds."""
     in_flight, notes = {}, {}
     for schedule in ("1f1b", "gpipe"):
-        in_flight[schedule], notes[schedule] = _observed(schedule, ACTIVATION_BYTES // 4, MICROBATCHES)
-        grown = [note["peak_growth"] / 2**20 for note in notes[schedule]]
-        say(f"{schedule}: in flight {in_flight[schedule]}, peaks grew by {[round(g) for g in grown]} MiB")
-    _, small = _observed("1f1b", 1, 1)
-    _, large = _observed("1f1b", WEIGHT_BYTES // 4, 1)
-    say(
-        f"weights: {[round(n['peak_building'] / 2**20) for n in large]} MiB, bare {[round(n['peak_building'] / 2**20) for n in small]} MiB"
-    )
-    return Subject("Memory", [*_activation_rows(in_flight, notes), *_weight_rows(small, large)])
+        model = functools.partial(scales, STAGES, ACTIVATION)
+        in_flight[schedule], notes[schedule] = _observed(schedule, model, MICROBATCHES)
+        say(f"{schedule}: in flight {in_flight[schedule]}, peaks grew by {_mib(notes[schedule], 'peak_growth')} MiB")
+    sizes = [WEIGHTS if stage == RICH else 1 for stage in range(STAGES)]
+    _, poor = _observed("1f1b", functools.partial(hoards, *[1] * STAGES), STAGES)
+    _, rich = _observed("1f1b", functools.partial(hoards, *sizes), STAGES)
+    say(f"peaks while built: {_mib(rich, 'peak_building')} MiB, without weights {_mib(poor, 'peak_building')} MiB")
+    return Subject("Memory", [*_activation_rows(in_flight, notes), *_weight_rows(poor, rich)])
 
 
-def _activation_rows(in_flight: dict[str, tuple[int, ...]], notes: dict[str, list[dict[str, Any]]]) -> list[Row]:
+def _activation_rows(in_flight: dict[str, tuple[int, ...]], notes: dict[str, list[Note]]) -> list[Row]:
     what = f"p={STAGES}, m={MICROBATCHES}: "
     bounds = tuple(min(MICROBATCHES, STAGES - rank) for rank in range(STAGES))
     ratios = [a["peak_growth"] / b["peak_growth"] for a, b in zip(notes["1f1b"], notes["gpipe"], strict=True)]
     return [
         counted(f"{what}peak in-flight microbatches by rank, 1f1b: min(m, p-r)", in_flight["1f1b"], bounds),
         counted(f"{what}the same, gpipe: m", in_flight["gpipe"], (MICROBATCHES,) * STAGES),
-        measured(
-            f"{what}growth of the process's peak in the steps, 1f1b over gpipe, over the ranks", ratios, GROWTH_BAR
-        ),
+        measured(f"{what}growth of a process's peak in the steps, 1f1b over gpipe, over the ranks", ratios, GROWTH_BAR),
     ]
 
 
-def _weight_rows(small: list[dict[str, Any]], large: list[dict[str, Any]]) -> list[Row]:
-    foreign = max(note["parameters_here"] - note["weights"] for note in large)
-    peaks = [(n["peak_building"] - s["peak_building"]) / n["weights"] for n, s in zip(large, small, strict=True)]
-    what = f"p={STAGES}, {WEIGHT_BYTES >> 20} MiB of weights a stage: "
+def _weight_rows(poor: list[Note], rich: list[Note]) -> list[Row]:
+    weights = rich[RICH]["weights"]
+    risen = [(r["peak_building"] - p["peak_building"]) / weights for r, p in zip(rich, poor, strict=True)]
+    what = f"one stage of {STAGES} has {weights >> 20} MiB of weights: "
     return [
-        counted(f"{what}bytes of other stages' parameters in a stage's process", foreign, 0),
-        measured(
-            f"{what}peak of a process while it is built, above one with no weights, over its own weights (the whole model: {STAGES})",
-            peaks,
-            STAGES - 1.0,
+        counted(
+            f"{what}bytes of parameters in each process beyond its own stage's",
+            [note["parameters_here"] - note["weights"] for note in rich],
+            [0] * STAGES,
         ),
+        measured(
+            f"{what}rise of another stage's peak for it, over those weights",
+            [share for stage, share in enumerate(risen) if stage != RICH],
+            STRANGER_BAR,
+        ),
+        measured(f"{what}rise of its own peak while it is built, over those weights", [risen[RICH]]),
     ]
 
 
-def _observed(schedule: str, width: int, microbatches: int) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
-    """Two steps of units with ``width`` weights: peak in-flight microbatches, and what the ranks noted, by stage."""
+def _observed(schedule: str, model: Callable[[], nn.Sequential], samples: int) -> tuple[tuple[int, ...], list[Note]]:
+    """Two steps of microbatches of one sample: peak in-flight microbatches, and what the ranks noted, by stage."""
     with TemporaryDirectory() as folder:
-        batch = functools.partial(_batch, microbatches)
-        task = Task(
-            functools.partial(scales, STAGES, width), batch, first_mean, witness(folder), microbatches, (1,) * STAGES
-        )
+        task = Task(model, functools.partial(_batch, samples), first_mean, witness(folder), samples, (1,) * STAGES)
         with trainer_of(task, schedule, microbatch_weight="samples") as trainer:
             for _ in range(2):
                 metrics = trainer.train_step(task.batch())
@@ -81,3 +81,7 @@ def _observed(schedule: str, width: int, microbatches: int) -> tuple[tuple[int, 
 
 def _batch(samples: int) -> tuple[Tensor, Tensor]:
     return torch.ones(samples, 1), torch.zeros(samples)
+
+
+def _mib(notes: list[Note], key: str) -> list[int]:
+    return [round(note[key] / 2**20) for note in notes]

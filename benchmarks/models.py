@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "Hoard",
     "Scale",
     "Sleeper",
     "adamw",
     "first_mean",
     "gpt",
     "gpt_batch",
+    "hoards",
     "llama",
     "scales",
     "sgd",
@@ -127,6 +129,22 @@ class Scale(nn.Module):
 def scales(count: int, width: int) -> nn.Sequential:
     """Units with ``width`` weights each, that keep as much for each sample."""
     return nn.Sequential(*(Scale(width) for _ in range(count)))
+
+
+class Hoard(nn.Module):
+    """Holds ``size`` weights and uses one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[:1]
+
+
+def hoards(*sizes: int) -> nn.Sequential:
+    """Units with so many weights each."""
+    return nn.Sequential(*map(Hoard, sizes))
 
 
 def first_mean(outputs: Tensor, targets: Tensor) -> Tensor:

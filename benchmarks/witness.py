@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from raypipe.model.husk import Husk
+__all__ = ["Note", "Witness", "read_witness", "witness"]
 
-__all__ = ["Witness", "read_witness", "witness"]
+Note = dict[str, Any]
+"""Of one rank: ``names``, and bytes: ``weights``, ``parameters_here``, ``peak_building``, ``peak_growth``."""
 
 
 class Witness(torch.optim.SGD):
@@ -52,7 +53,7 @@ def witness(folder: str) -> Callable[[Any], Witness]:
     return _Maker(folder)
 
 
-def read_witness(folder: str) -> list[dict[str, Any]]:
+def read_witness(folder: str) -> list[Note]:
     """What each rank noted last, by stage: parameters are named by their place in the model."""
     notes = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
     return sorted(notes, key=lambda note: int(note["names"][0].partition(".")[0]))
@@ -75,11 +76,9 @@ def _memory(key: str) -> int:
 
 
 def _parameter_bytes() -> int:
-    """Of all parameters with memory of their own that this process holds, whoever holds them."""
-    gc.collect()
-    found = [each for each in gc.get_objects() if isinstance(each, nn.Parameter) and type(each) is not Husk]
-    return sum(_storage_bytes(each) for each in {each.data_ptr(): each for each in found}.values())
+    """Of all parameters with memory of their own that this process holds, whoever holds them.
 
-
-def _storage_bytes(tensor: Tensor) -> int:
-    return 0 if isinstance(tensor, Husk) or tensor.device.type != "cpu" else tensor.numel() * tensor.element_size()
+    A husk, and a parameter of a recording, is a class of its own and has none.
+    """
+    found = {id(each): each for each in gc.get_objects() if type(each) is nn.Parameter}
+    return sum(each.numel() * each.element_size() for each in found.values())

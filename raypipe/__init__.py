@@ -51,7 +51,12 @@ __all__ = [
 ]
 
 _HOME: Mapping[str, str] = MappingProxyType(
-    {"PipelineTrainer": "raypipe.trainer", "Plan": "raypipe.plan", "Schedule": "raypipe.schedule"}
+    {
+        "PipelineTrainer": "raypipe.trainer",
+        "Plan": "raypipe.plan",
+        "Schedule": "raypipe.schedule",
+        "from_pretrained": "raypipe.options",  # refused there until it is built, so it is not in __all__
+    }
 )
 _ROOMS = ("data", "schedule")
 

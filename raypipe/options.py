@@ -9,12 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from raypipe.data import Source, open_source
 from raypipe.model.partition import check_balance
 from raypipe.model.weights import LossRule
 from raypipe.schedule import Schedule, build, names
 from raypipe.stage.spec import OptimizerMaker, SchedulerMaker
 
-__all__ = ["NOT_YET", "Options", "ScheduleMaker", "default_optimizer", "refuse_not_yet"]
+__all__ = [
+    "NOT_YET",
+    "Options",
+    "ScheduleMaker",
+    "checked_model",
+    "default_optimizer",
+    "from_pretrained",
+    "not_yet",
+    "opened_sources",
+    "refuse_not_yet",
+]
 
 NOT_YET: Mapping[str, Any] = {
     "chunks": None,
@@ -60,13 +71,14 @@ class ScheduleMaker:
             raise TypeError(f"schedule gave a {type(made).__name__}; it must return a raypipe.Schedule")
         if (made.stages, made.microbatches) != (self.stages, microbatches):
             raise ValueError(
-                f"schedule {made.name!r} is for {made.stages} stages and {made.microbatches} microbatches, but this step has "
-                f"{self.stages} and {microbatches}; give a name such as '1f1b', or a callable (stages, microbatches)"
+                f"schedule {made.name!r} is for {made.stages} stages and {made.microbatches} microbatches, but this "
+                f"step has {self.stages} and {microbatches}; give a name such as '1f1b', or a callable "
+                "(stages, microbatches)"
             )
         if made.chunks != made.stages:
             raise ValueError(
-                f"schedule {made.name!r} has {made.chunks} chunks on {made.stages} stages, but several chunks a stage are "
-                "not built yet; use one chunk a stage, such as '1f1b'"
+                f"schedule {made.name!r} has {made.chunks} chunks on {made.stages} stages, but several chunks a stage "
+                "are not built yet; use one chunk a stage, such as '1f1b'"
             )
         return made
 
@@ -118,7 +130,7 @@ class Options:
         if self.microbatch_weight is not None:
             LossRule.given(self.microbatch_weight)
         if self.units is not None and (isinstance(self.units, str) or not all(isinstance(u, str) for u in self.units)):
-            raise TypeError(f"units is {self.units!r}, but must be a list of module name patterns, such as ['layers.*']")
+            raise TypeError(f"units is {self.units!r}, but must be a list of module names, such as ['layers.*']")
 
     def _check_callables(self) -> None:
         for name in ("loss", "forward", "optimizer", "lr_scheduler"):
@@ -165,11 +177,57 @@ def refuse_not_yet(given: Mapping[str, Any]) -> None:
     """
     for name, value in given.items():
         if name not in NOT_YET:
-            raise TypeError(f"PipelineTrainer has no argument {name!r}")
+            raise TypeError(f"PipelineTrainer has no argument {name!r}; help(PipelineTrainer) lists those it has")
         if value != NOT_YET[name]:
             raise ValueError(
-                f"{name}={value!r} is not built yet; leave it out ({name}={NOT_YET[name]!r} is all that works in this version)"
+                f"{name}={value!r} is not built yet, this version allows {name}={NOT_YET[name]!r} only; leave it out"
             )
+
+
+def checked_model(model: object) -> nn.Module:
+    """The model.
+
+    Raises:
+        TypeError: it is none, or it is a callable that would make one.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if callable(model):
+        raise TypeError(
+            "model is a callable, but building a model on the ranks is not built yet; call it and give the nn.Module "
+            "that it returns"
+        )
+    raise TypeError(f"model is a {type(model).__name__}, but must be an nn.Module")
+
+
+def opened_sources(datasets: object, evaluate_every: int | None) -> Mapping[str, Source]:
+    """The sources, each opened once: an iterator must not lose the batch that was looked at.
+
+    Raises:
+        TypeError: ``datasets`` is no dict of sources.
+        ValueError: ``evaluate_every`` is given without ``datasets["valid"]``.
+    """
+    datasets = {} if datasets is None else datasets
+    if not isinstance(datasets, Mapping) or not set(datasets) <= {"train", "valid"}:
+        got = f"a dict with {sorted(map(str, datasets))}" if isinstance(datasets, Mapping) else type(datasets).__name__
+        raise TypeError(f"datasets is {got}, but must be a dict such as {{'train': source, 'valid': source}}")
+    if evaluate_every is not None and "valid" not in datasets:
+        raise ValueError(f"evaluate_every={evaluate_every} needs data to evaluate; give datasets={{'valid': ...}} too")
+    return {name: open_source(data) for name, data in datasets.items()}
+
+
+def not_yet(name: str, instead: str) -> NotImplementedError:
+    """The refusal of a method or function of the contract that comes later."""
+    return NotImplementedError(f"{name} is not built yet; {instead}")
+
+
+def from_pretrained(folder: object, model_class: object) -> Callable[[], nn.Module]:
+    """Refused: a model whose ranks each read their own tensors comes later.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise not_yet("raypipe.from_pretrained", "load the whole model, as its library does, and give the module")
 
 
 def _whole(name: str, value: object, least: int = 1) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from raypipe.model.recording import Recording
 from raypipe.model.twin import Twin
 from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
-from raypipe.schedule import Costs, Schedule
+from raypipe.schedule import Schedule
+from raypipe.stage.optimizer import StageOptimizer
 from raypipe.stage.spec import Gradients, PipelineSpec
 from raypipe.stage.worker import StageWorker
 from raypipe.topology import Topology
@@ -33,7 +34,7 @@ from raypipe.transport.base import Wiring
 __all__ = ["Plan", "make_plan"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """How a model is cut and run. ``print`` shows it as a table.
 
@@ -44,6 +45,11 @@ class Plan:
         layout: how a batch is cut.
         rule: by which microbatches weigh, or None where no loss was asked for.
         samples: of the example batch.
+        options: of the trainer.
+        caller: how the model is called and its loss found.
+        skeleton: the model without its weights.
+        calls: how many unit calls the model makes.
+        model: the user's own, which is never changed.
     """
 
     topology: Topology
@@ -133,6 +139,8 @@ class Plan:
 
         return plan_table(self)
 
+    __repr__ = __str__
+
 
 def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool = True) -> Plan:
     """Plans a pipeline by looking at one batch.
@@ -147,6 +155,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         CutError: the model cannot be cut exactly.
         BatchError: the batch cannot be cut exactly, or no rule of weights reproduces its loss.
         ValueError: there are more stages than units, or the model has BatchNorm in train mode.
+        TypeError: ``optimizer`` or ``lr_scheduler`` gave what cannot be used.
     """
     caller = Caller(options.forward, options.loss)
     batch = unpack(pack(batch))
@@ -156,7 +165,8 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     skeleton = make_skeleton(model, options.units)
     if not skeleton.model.training:
         skeleton.model.train()
-    refuse_batch_norm(skeleton.model, len(microbatches), options.batch_norm)
+    if training:  # by the most microbatches that a batch may have: this one may be small
+        refuse_batch_norm(skeleton.model, options.most_microbatches, options.batch_norm)
     schedule = options.make_schedule(len(microbatches))
     twin = Twin(skeleton.model, options.units)
     recording = _record(twin, caller, microbatches[0].batch)
@@ -164,7 +174,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     cut = partition(recording, twin.unit_parameters, sizes, schedule.chunks, options.balance)
     _refuse_shared_buffers(skeleton, cut)
     rule = _find_rule(model, caller, batch, layout, options) if training else None
-    return Plan(
+    plan = Plan(
         Topology(options.stages),
         cut,
         schedule,
@@ -177,6 +187,9 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         len(recording.calls),
         model,
     )
+    if training:
+        _try_optimizers(plan)
+    return plan
 
 
 def _record(twin: Twin, caller: Caller, batch: Any) -> Recording:
@@ -197,6 +210,33 @@ def _find_rule(model: nn.Module, caller: Caller, batch: Any, layout: BatchLayout
             module.training = training
 
 
+def _try_optimizers(plan: Plan) -> None:
+    """Makes each rank's optimizer once on stand-ins, so that one that cannot be used is refused before anything starts.
+
+    Raises:
+        TypeError: it is of a kind that cannot be split.
+        ValueError: it works on other parameters than it was given. An exception of the user's code comes as itself.
+    """
+    options, gradients, parameters = plan.options, plan.gradients(), names_of(plan.model)[0]
+    for stage in range(plan.topology.stages):
+        held = {name: _stand_in(parameters[name]) for name in plan.held_by(stage)}
+        rank = plan.topology.rank(stage)
+        made = StageOptimizer(rank, held, gradients, options.optimizer, options.lr_scheduler, None, None).optimizer
+        given = {id(parameter) for parameter in held.values()}
+        groups = made.param_groups if made is not None else []
+        if any(id(parameter) not in given for group in groups for parameter in group["params"]):
+            raise ValueError(
+                "optimizer(named_parameters) made an optimizer of other parameters than it was given, so a stage would "
+                "not train its own; use its argument, as in lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)"
+            )
+
+
+def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of the same shape, dtype and device on one element of memory."""
+    empty = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
 def _refuse_shared_buffers(skeleton: Skeleton, cut: Partition) -> None:
     """A unit called in two chunks has its buffers on both; what changes one would not change the other."""
     for unit, names in skeleton.unit_buffers.items():
@@ -211,16 +251,3 @@ def _refuse_shared_buffers(skeleton: Skeleton, cut: Partition) -> None:
 
 def _build(spec: PipelineSpec, rank: int, tensors: Wire) -> StageWorker:
     return StageWorker(spec, rank, unpack(tensors))
-
-
-def example_costs(plan: Plan) -> Costs:
-    """Costs for a simulation before anything ran: FLOPs of each chunk's forward, a backward twice that."""
-    flops = [float(chunk.flops) for chunk in plan.partition.chunks]
-    mean = sum(flops) / len(flops) or 1.0
-    forward = tuple(max(f / mean, 1e-3) for f in flops) if any(flops) else tuple(1.0 for _ in flops)
-    return Costs(forward=forward, backward=tuple(2 * f for f in forward))
-
-
-def bytes_of(named: Mapping[str, Tensor]) -> int:
-    """The memory of these tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in named.values())

@@ -1,36 +1,26 @@
-"""One ``fit``: progress, logged rows, evaluation in between, and the result with its files."""
+"""A plan at work: its ranks are started; one ``fit`` with progress, logged rows and evaluation in between."""
 
 from __future__ import annotations
 
-import csv
-import os
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import cloudpickle
 
 from raypipe.data import Cursor, Draw, Feed
 from raypipe.driver.controller import Controller
+from raypipe.driver.gang import Gang
+from raypipe.driver.local import LocalGang
+from raypipe.driver.results import Results
+from raypipe.model.build import dump
 from raypipe.observe.progress import Progress
 from raypipe.observe.timeline import draw_planned_and_measured
+from raypipe.options import Options
 from raypipe.plan import Plan
 
-__all__ = ["LocalResult", "Run"]
-
-
-@dataclass
-class LocalResult:
-    """What ``fit`` returns with ``backend="local"``: the attributes of ``ray.train.Result``, without Ray."""
-
-    metrics: dict[str, Any] | None
-    checkpoint: Any = None
-    error: Exception | None = None
-    path: str = ""
-    metrics_dataframe: Any = None
-    best_checkpoints: list[Any] = field(default_factory=list)
+__all__ = ["Run", "start"]
 
 
 class Run:
@@ -39,93 +29,49 @@ class Run:
     Args:
         controller: of the started ranks.
         plan: that they run.
-        run_config: a ``ray.train.RunConfig`` or None.
+        results: takes the rows.
         evaluate: called every ``evaluate_every`` steps, or None.
         steps: how many there will be, where that is known.
 
     Attributes:
-        cursor: where the data goes on after the last step that was done.
+        cursor: where the data goes on after the last step that was done, or None before the first.
     """
 
     def __init__(
         self,
         controller: Controller,
         plan: Plan,
-        run_config: Any,
+        results: Results,
         evaluate: Callable[[], dict[str, Any]] | None,
         steps: int | None,
     ) -> None:
-        self._controller, self._plan, self._evaluate = controller, plan, evaluate
-        self._folder = _folder(run_config)
-        self._run_config, self._steps = run_config, steps
-        self._rows: list[dict[str, Any]] = []
-        self._last: dict[str, Any] = {}
-        self._drawn: dict[int, Draw] = {}
+        self._controller, self._plan, self._results = controller, plan, results
+        self._evaluate, self._steps = evaluate, steps
+        self._cursors: dict[int, Cursor] = {}
         self.cursor: Cursor | None = None
 
     def fit(self, feed: Feed) -> Any:
-        """Trains on the feed's batches and returns the result."""
+        """Trains on the feed's batches and returns the result; after a failure what was logged is written too."""
         options = self._plan.options
-        with Progress(self._steps, options.log_every, quiet=options.quiet) as progress:
+        try:
+            with Progress(self._steps, options.log_every, quiet=options.quiet) as progress:
 
-            def on_step(metrics: dict[str, Any]) -> None:
-                self._last = metrics
-                self.cursor = self._drawn.pop(metrics["step"]).cursor_after
-                progress.update(metrics)
-                if metrics["step"] % options.log_every == 0:
-                    self._rows.append(dict(metrics))
+                def on_step(metrics: dict[str, Any]) -> None:
+                    self.cursor = self._cursors.pop(metrics["step"])
+                    progress.update(metrics)
+                    self._results.log(metrics)
 
-            def on_pause(draw: Draw) -> None:
-                if self._due(draw):
-                    assert self._evaluate is not None
-                    found = {f"valid_{name}": value for name, value in self._evaluate().items()}
-                    self._last.update(found)
-                    self._log_last()
-
-            self._controller.train(_remembered(feed, self._drawn), on_step, pause_after=self._due, on_pause=on_pause)
-        self._log_last()
-        return self._result()
-
-    def _due(self, draw: Draw) -> bool:
-        every = self._plan.options.evaluate_every
-        return self._evaluate is not None and every is not None and (draw.step + 1) % every == 0
-
-    def _log_last(self) -> None:
-        """The last step is always among the rows, with what was evaluated after it."""
-        if self._rows and self._rows[-1]["step"] == self._last["step"]:
-            self._rows[-1] = dict(self._last)
-        elif self._last:
-            self._rows.append(dict(self._last))
-
-    def _result(self) -> Any:
-        import pandas
-
-        frame = pandas.DataFrame(self._rows)
-        self._write()
-        if self._plan.options.backend == "local" and "ray" not in sys.modules:
-            return LocalResult(dict(self._last), path=str(self._folder), metrics_dataframe=frame)
-        from ray.train import Result
-
-        return Result(
-            metrics=dict(self._last),
-            checkpoint=None,
-            error=None,
-            path=str(self._folder),
-            metrics_dataframe=frame,
-            best_checkpoints=[],
-        )
-
-    def _write(self) -> None:
-        """The rows and the timelines as files; the rows appear whole or not at all."""
-        names = list(dict.fromkeys(name for row in self._rows for name in row))
-        handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
-        with os.fdopen(handle, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(temporary, self._folder / "metrics.csv")
-        if self._controller.reports:
-            (self._folder / "schedule.txt").write_text(self.drawn() + "\n")
+                self._controller.train(
+                    self._remembered(feed), on_step, pause_after=self._due, on_pause=self._evaluate_if_due
+                )
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._results.log_last()
+                self._results.write(None)
+            raise
+        self._results.log_last()
+        self._results.write(self.drawn() if self._controller.reports else None)
+        return self._results.result(options.backend)
 
     def drawn(self, width: int = 100) -> str:
         """The last step's schedule as it was planned and as it was measured."""
@@ -133,19 +79,54 @@ class Run:
         schedule = self._plan.options.make_schedule(reports[0].microbatches)
         return draw_planned_and_measured(schedule, [report.trace for report in reports], width)
 
+    def _due(self, draw: Draw) -> bool:
+        every = self._plan.options.evaluate_every
+        return self._evaluate is not None and every is not None and (draw.step + 1) % every == 0
 
-def _remembered(feed: Feed, drawn: dict[int, Draw]) -> Any:
-    for draw in feed:
-        drawn[draw.step] = draw
-        yield draw
+    def _evaluate_if_due(self, draw: Draw) -> None:
+        """A pause is also made at the end, where nothing may be due."""
+        if self._evaluate is not None and self._due(draw):
+            self._results.log_evaluation(self._evaluate())
+
+    def _remembered(self, feed: Feed) -> Iterator[Draw]:
+        for draw in feed:
+            self._cursors[draw.step] = draw.cursor_after
+            yield draw
 
 
-def _folder(run_config: Any) -> Path:
-    """Where the results lie: ``storage_path`` / ``name``, with Ray Train's defaults."""
-    name = getattr(run_config, "name", None) or time.strftime("raypipe-%Y-%m-%d-%H-%M-%S")
-    storage = getattr(run_config, "storage_path", None) or Path.home() / "ray_results"
-    folder = Path(storage).expanduser() / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def start(plan: Plan) -> Gang:
+    """Starts the ranks of a plan.
+
+    Raises:
+        ValueError: the model or an argument cannot be pickled; the sentence names what stands in the way.
+        ResourcesError: there is no room for all ranks.
+        RaypipeError: a rank could not be built.
+    """
+    options = plan.options
+    if options.backend == "local":
+        return LocalGang([plan.build_of(rank) for rank in range(plan.topology.size)])
+    dump(plan.skeleton)  # names the attribute that cannot be pickled before anything starts
+    _check_picklable(options)
+    from raypipe.driver.ray_gang import launch
+
+    return launch(
+        plan.topology,
+        [cloudpickle.dumps(plan.build_of(rank)) for rank in range(plan.topology.size)],
+        plan.wiring(),
+        resources=options.resources_per_stage,
+        step_timeout_s=options.step_timeout_s,
+        first_step_timeout_s=max(options.step_timeout_s, 1800.0),
+    )
 
 
+def _check_picklable(options: Options) -> None:
+    """Names the argument that stands in the way of sending the user's functions to the ranks."""
+    names = ("loss", "forward", "optimizer", "lr_scheduler", "schedule", "microbatch_weight", "metrics")
+    for name, value in zip(names, operator.attrgetter(*names)(options), strict=True):
+        try:
+            cloudpickle.dumps(value)
+        except Exception as error:
+            raise ValueError(
+                f"{name} cannot be pickled ({type(error).__name__}: {error}), but every rank needs a copy of it; make "
+                "what it holds inside the function when it is first called"
+            ) from None

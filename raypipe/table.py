@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from raypipe.plan import bytes_of, example_costs
+from torch import Tensor
+
+from raypipe.schedule import Costs
 
 if TYPE_CHECKING:
     from raypipe.plan import Plan
@@ -14,7 +17,7 @@ __all__ = ["plan_table"]
 
 def plan_table(plan: Plan) -> str:
     """Units, parameters, FLOPs and bytes of each stage, then the schedule's bubble and peak in-flight microbatches."""
-    simulated = plan.schedule.simulate(example_costs(plan))
+    simulated = plan.schedule.simulate(_example_costs(plan))
     rows = [("stage", "units", "parameters", "weights", "forward FLOPs", "sends", "in flight")]
     for stage in range(plan.topology.stages):
         chunks = [c for number, c in enumerate(plan.partition.chunks) if plan.schedule.stage_of(number) == stage]
@@ -25,7 +28,7 @@ def plan_table(plan: Plan) -> str:
                 str(stage),
                 units[0] if len(units) == 1 else f"{units[0]} .. {units[-1]} ({len(units)})",
                 _short(sum(tensors[name].numel() for name in plan.held_by(stage))),
-                f"{_short(bytes_of(tensors))}B",
+                f"{_short(_bytes_of(tensors))}B",
                 _short(sum(chunk.flops for chunk in chunks)),
                 f"{_short(sum(chunk.boundary_bytes for chunk in chunks))}B",
                 str(simulated.peak_in_flight[stage]),
@@ -50,3 +53,16 @@ def _short(number: float) -> str:
             return f"{number:.0f}{unit}" if unit == "" else f"{number:.1f}{unit}"
         number /= 1000
     raise AssertionError("unreachable")
+
+
+def _example_costs(plan: Plan) -> Costs:
+    """Costs for a simulation before anything ran: FLOPs of each chunk's forward, a backward twice that."""
+    flops = [float(chunk.flops) for chunk in plan.partition.chunks]
+    mean = sum(flops) / len(flops) or 1.0
+    forward = tuple(max(f / mean, 1e-3) for f in flops) if any(flops) else tuple(1.0 for _ in flops)
+    return Costs(forward=forward, backward=tuple(2 * f for f in forward))
+
+
+def _bytes_of(named: Mapping[str, Tensor]) -> int:
+    """The memory of these tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in named.values())

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import cloudpickle
 from torch import Tensor, nn
 
-from raypipe.data import Cursor, Feed, open_source
+from raypipe.data import Cursor, Feed, Source, open_source
 from raypipe.data.wire import unpack
-from raypipe.driver.controller import Controller
+from raypipe.driver.controller import Controller, data_error
 from raypipe.driver.gang import Gang
-from raypipe.driver.local import LocalGang
-from raypipe.model.build import dump, whole_state
-from raypipe.options import Options, default_optimizer, refuse_not_yet
+from raypipe.driver.results import Results
+from raypipe.model.build import whole_state
+from raypipe.options import Options, checked_model, default_optimizer, not_yet, opened_sources, refuse_not_yet
 from raypipe.plan import Plan, make_plan
-from raypipe.run import Run
+from raypipe.run import Run, start
 from raypipe.schedule import Schedule
 
 if TYPE_CHECKING:
     import ray.train
 
 __all__ = ["PipelineTrainer"]
+
+T = TypeVar("T")
 
 
 class PipelineTrainer:
@@ -38,8 +39,8 @@ class PipelineTrainer:
         model: an ``nn.Module``, which is not changed.
         stages: how many stages the model is cut into.
         datasets: ``{"train": source, "valid": source}``. A source is an iterable of batches (list, ``DataLoader``,
-            generator function), a ``ray.data.Dataset``, or ``raypipe.data.parquet(...)``. A batch is a dict (the model is
-            called as ``model(**batch)``), a pair ``(inputs, targets)``, or anything where ``forward`` is given.
+            generator function), a ``ray.data.Dataset``, or ``raypipe.data.parquet(...)``. A batch is a dict (the model
+            is called as ``model(**batch)``), a pair ``(inputs, targets)``, or anything where ``forward`` is given.
         loss: ``loss(outputs, targets) -> scalar``, or ``loss(outputs, batch)`` for a dict; None: the model returns it.
         forward: ``forward(model, batch) -> outputs``, for a model that is called in its own way.
         optimizer: ``optimizer(named_parameters) -> torch.optim.Optimizer``; called on each rank with its own.
@@ -47,8 +48,8 @@ class PipelineTrainer:
         max_grad_norm: clip by the norm over all stages, shared weights counted once.
         schedule: a name (``"gpipe"``, ``"1f1b"``), a ``Schedule``, or ``(stages, microbatches) -> Schedule``.
         microbatches: pieces that a batch is cut into; 16, at most the batch's samples.
-        microbatch_weight: ``"targets"``, ``"samples"``, ``"sum"`` or ``weight(microbatch) -> float``; None: the rule that
-            a probe finds to reproduce the joined loss.
+        microbatch_weight: ``"targets"``, ``"samples"``, ``"sum"`` or ``weight(microbatch) -> float``; None: the rule
+            that a probe finds to reproduce the joined loss.
         batch_dims: which dimension of which tensor is the batch, as a pytree or a dict of names; None: dimension 0.
         units: patterns of module names that are never cut.
         example: a batch to plan with in the constructor; None: the first training batch, when it is first needed.
@@ -56,7 +57,8 @@ class PipelineTrainer:
         batch_norm: ``"microbatch"`` accepts BatchNorm with a microbatch's own statistics.
         threads: of PyTorch in each rank.
         resources_per_stage: Ray resources of one rank, such as ``{"GPU": 1}``.
-        run_config: a ``ray.train.RunConfig``; its ``name`` and ``storage_path`` say where the results lie.
+        run_config: a ``ray.train.RunConfig``; its ``name`` and ``storage_path`` say where the results lie, and other
+            fields are refused.
         evaluate_every: steps between evaluations of ``datasets["valid"]``; None: never.
         log_every: steps between the rows of ``Result.metrics_dataframe``.
         metrics: ``{name: metric(outputs, batch) -> scalar}``, for ``evaluate``.
@@ -64,7 +66,7 @@ class PipelineTrainer:
         backend: ``"ray"``, or ``"local"``: every stage in this process, without Ray.
         seed: of data order and dropout.
         quiet: no progress line.
-        not_yet: the arguments of the contract that come later; each is refused unless it is its default.
+        later: the arguments of the contract that come later; each is refused unless it is its default.
 
     Raises:
         ValueError, TypeError: an argument is wrong; with ``example``, also what only a batch can show.
@@ -99,10 +101,10 @@ class PipelineTrainer:
         backend: str = "ray",
         seed: int = 0,
         quiet: bool = False,
-        **not_yet: Any,
+        **later: Any,
     ) -> None:
-        refuse_not_yet(not_yet)
-        self._model = _checked_model(model)
+        refuse_not_yet(later)
+        self._model = checked_model(model)
         self._options = Options(
             stages=stages,
             loss=loss,
@@ -121,15 +123,14 @@ class PipelineTrainer:
             resources_per_stage=resources_per_stage,
             evaluate_every=evaluate_every,
             log_every=log_every,
-            metrics=dict(metrics or {}),
+            metrics=metrics if metrics is not None else {},
             step_timeout_s=step_timeout_s,
             backend=backend,
             seed=seed,
             quiet=quiet,
         )
-        self._datasets = _checked_datasets(datasets, evaluate_every)
-        self._run_config = run_config
-        self._example = example
+        self._sources = opened_sources(datasets, evaluate_every)
+        self._results = Results(run_config, log_every)
         self._plan: Plan | None = None
         self._gang: Gang | None = None
         self._controller: Controller | None = None
@@ -146,26 +147,29 @@ class PipelineTrainer:
             epochs: how many; neither given: one.
 
         Returns:
-            A ``ray.train.Result`` with the last step's ``metrics``, a ``metrics_dataframe`` of the logged steps and the
-            ``path`` where they lie as files. (With ``backend="local"`` an object with the same attributes: no Ray.)
+            A ``ray.train.Result`` with the last step's ``metrics``, a ``metrics_dataframe`` of the steps that this
+            trainer logged and the ``path`` where they lie as files: ``metrics.csv``, and ``schedule.txt`` with the last
+            step as planned and as measured. (With ``backend="local"`` an object with the same attributes: no Ray.)
 
         Raises:
-            StepError: a step failed; the first cause, with the user's own traceback last.
+            StepError: a step failed; the first cause, with the user's own traceback last. What your code raises while
+                the first batch is planned with, before there are stages, comes as itself.
             ValueError: there is no data, or the model or batch cannot be split exactly.
         """
-        if "train" not in self._datasets:
-            raise ValueError("fit needs data: give datasets={'train': ...} to PipelineTrainer, or use train_step(batch)")
+        if "train" not in self._sources:
+            raise ValueError(
+                "fit has no data; give datasets={'train': ...} to PipelineTrainer, or use train_step(batch)"
+            )
+        self._refuse_closed()
         epochs = 1 if steps is None and epochs is None else epochs
-        source = open_source(self._datasets["train"])
-        first_step = self._controller.step if self._controller is not None else 0
-        with Feed(source, start=self._cursor, epochs=epochs, steps=steps, first_step=first_step) as feed:
-            controller = self._started(feed.peek())
-            run = Run(controller, self._planned(), self._run_config, self._evaluation(), steps)
+        source = self._sources["train"]
+        with Feed(source, start=self._cursor, epochs=epochs, steps=steps, first_step=self._step) as feed:
+            first = _peek(feed, self._step)
+            self._results.open()
+            controller = self._started(first)
+            run = Run(controller, self.plan(), self._results, self._evaluation(), steps)
             try:
-                return run.fit(feed)
-            except BaseException:
-                self.shutdown()
-                raise
+                return self._guarded(lambda: run.fit(feed))
             finally:
                 self._cursor = run.cursor or self._cursor
 
@@ -173,40 +177,47 @@ class PipelineTrainer:
         """One step on a batch of your own.
 
         Returns:
-            ``loss``, ``grad_norm`` (before clipping), ``lr``, ``samples``, ``seconds``, ``bubble`` (share of the stages'
-            time in which no action was computed), ``step``, ``microbatches``, ``peak_in_flight`` by stage.
+            ``loss``, ``grad_norm`` (before clipping), ``lr``, ``samples``, ``seconds``, ``bubble`` (share of the
+            stages' time in which no action was computed), ``step``, ``microbatches``, ``peak_in_flight`` by stage.
 
         Raises:
             StepError: the step failed; the trainer is then shut down.
         """
-        return self._guarded(lambda: self._started(batch).train_step(batch))
+        controller = self._started(batch)
+        return self._guarded(lambda: controller.train_step(batch))
 
     def evaluate(self, source: Any = None) -> dict[str, Any]:
-        """The loss and the ``metrics`` over ``datasets["valid"]`` or ``source``; no training state changes."""
-        source = self._datasets.get("valid") if source is None else source
-        if source is None:
-            raise ValueError("evaluate needs data: give it a source, or datasets={'valid': ...} to PipelineTrainer")
-        with Feed(open_source(source), start=Cursor(seed=self._options.seed), epochs=1, steps=None) as feed:
-            first = feed.peek()
-            return self._guarded(lambda: self._started(first).evaluate(draw.batch for draw in feed))
+        """The loss and the ``metrics`` over ``datasets["valid"]`` or ``source``; no training state changes.
+
+        Raises:
+            ValueError: there is no data.
+            StepError: it failed; the trainer is then shut down.
+        """
+        if source is None and "valid" not in self._sources:
+            raise ValueError("evaluate has no data; give it a source, or datasets={'valid': ...} to PipelineTrainer")
+        with self._feed(self._sources["valid"] if source is None else open_source(source)) as feed:
+            controller = self._started(_peek(feed, self._step))
+            return self._guarded(lambda: controller.evaluate(draw.batch for draw in feed))
 
     def predict(self, source: Any) -> Iterator[Any]:
-        """The model's outputs in eval mode, one for each batch of ``source``, in order."""
-        with Feed(open_source(source), start=Cursor(seed=self._options.seed), epochs=1, steps=None) as feed:
-            first = feed.peek()
-            controller = self._guarded(lambda: self._started(first, training=False))
+        """The model's outputs in eval mode, one for each batch of ``source``, in order.
+
+        Raises:
+            StepError: it failed; the trainer is then shut down.
+        """
+        with self._feed(open_source(source)) as feed:
+            controller = self._started(_peek(feed, self._step), training=False)
             outputs = controller.predict(draw.batch for draw in feed)
-            while True:
-                try:
-                    output = self._guarded(lambda: next(outputs, _END))
-                finally:
-                    pass
-                if output is _END:
-                    return
+            while (output := self._guarded(lambda: next(outputs, _END))) is not _END:
                 yield output
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole model's weights under the unsplit model's own names, as ``model.load_state_dict`` takes them."""
+        """The whole model's weights under the unsplit model's own names, as ``model.load_state_dict`` takes them.
+
+        Raises:
+            RuntimeError: the trainer was shut down, and the ranks that held them are gone.
+        """
+        self._refuse_closed()
         if self._gang is None:
             return whole_state(self._model, [])
         states: list[Mapping[str, Tensor]] = [unpack(state) for state in self._guarded(self._gang.state)]
@@ -216,18 +227,45 @@ class PipelineTrainer:
         """How the model is cut and what that costs; ``print`` shows a table. Nothing is started.
 
         Raises:
-            ValueError: there is no batch to plan with.
+            ValueError: there is no batch to plan with, or the model or batch cannot be split exactly.
         """
         if self._plan is None:
-            self._plan = make_plan(self._model, self._options, self._example_batch())
+            if "train" not in self._sources:
+                raise ValueError("plan has no batch to look at; give example=batch or datasets={'train': ...}")
+            with self._feed(self._sources["train"], self._cursor) as feed:
+                self._plan = make_plan(self._model, self._options, _peek(feed, self._step))
         return self._plan
+
+    def save(self, path: object) -> None:
+        """Refused: checkpoints come later.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise not_yet("save", "torch.save(trainer.state_dict(), path) writes the weights")
+
+    def load(self, path: object) -> None:
+        """Refused: checkpoints come later.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise not_yet(
+            "load", "load weights into the model, by its load_state_dict, before you give it to PipelineTrainer"
+        )
+
+    def report(self, path: object = None) -> None:
+        """Refused: ``fit`` draws the last step as planned and as measured; the rest comes later.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise not_yet("report", "schedule.txt in the path of fit's result has the last step as planned and as measured")
 
     def shutdown(self) -> None:
         """Ends every actor and gives back what they held, and Ray where the trainer started it. May be called twice."""
         self._closed = True
-        if self._gang is not None:
-            gang, self._gang, self._controller = self._gang, None, None
-            gang.close()
+        self._close_gang()
 
     def __enter__(self) -> PipelineTrainer:
         return self
@@ -237,31 +275,41 @@ class PipelineTrainer:
     ) -> None:
         self.shutdown()
 
+    @property
+    def _step(self) -> int:
+        return self._controller.step if self._controller is not None else 0
+
     def _started(self, batch: Any, *, training: bool = True) -> Controller:
         """The controller; planned with ``batch`` and started where that has not been done."""
-        if self._closed:
-            raise RuntimeError("this trainer was shut down; make a new one")
+        self._refuse_closed()
+        if self._plan is None or (training and self._plan.rule is None):
+            self._plan = make_plan(self._model, self._options, batch, training=training)
+            self._close_gang()  # one that only predicted: it has trained nothing, and was told no rule of weights
         if self._controller is None:
-            if self._plan is None or (training and self._plan.rule is None):
-                self._plan = make_plan(self._model, self._options, batch, training=training)
-            self._gang = _start(self._plan)
+            self._gang = start(self._plan)
             self._controller = Controller(self._gang, self._plan.gradients())
         return self._controller
 
-    def _planned(self) -> Plan:
-        assert self._plan is not None
-        return self._plan
+    def _close_gang(self) -> None:
+        if self._gang is not None:
+            gang, self._gang, self._controller = self._gang, None, None
+            gang.close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                "this trainer was shut down and its ranks are gone; make a new PipelineTrainer, and take state_dict() "
+                "before shutdown() or the end of the with block"
+            )
+
+    def _feed(self, source: Source, start: Cursor | None = None) -> Feed:
+        """One epoch of a source."""
+        return Feed(source, start=start or Cursor(seed=self._options.seed), epochs=1, steps=None)
 
     def _evaluation(self) -> Callable[[], dict[str, Any]] | None:
         return self.evaluate if self._options.evaluate_every else None
 
-    def _example_batch(self) -> Any:
-        if "train" not in self._datasets:
-            raise ValueError("plan needs a batch to look at: give example=batch or datasets={'train': ...}")
-        with Feed(open_source(self._datasets["train"]), start=self._cursor, epochs=1, steps=None) as feed:
-            return feed.peek()
-
-    def _guarded(self, work: Callable[[], Any]) -> Any:
+    def _guarded(self, work: Callable[[], T]) -> T:
         """Whatever fails ends the ranks, so that nothing is left behind."""
         try:
             return work()
@@ -273,43 +321,9 @@ class PipelineTrainer:
 _END = object()
 
 
-def _start(plan: Plan) -> Gang:
-    options = plan.options
-    if options.backend == "local":
-        return LocalGang([plan.build_of(rank) for rank in range(plan.topology.size)])
-    dump(plan.skeleton)  # names the attribute that cannot be pickled before anything starts
-    from raypipe.driver.ray_gang import launch
-
-    return launch(
-        plan.topology,
-        [cloudpickle.dumps(plan.build_of(rank)) for rank in range(plan.topology.size)],
-        plan.wiring(),
-        resources=options.resources_per_stage,
-        step_timeout_s=options.step_timeout_s,
-        first_step_timeout_s=max(options.step_timeout_s, 1800.0),
-    )
-
-
-def _checked_model(model: object) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    if callable(model):
-        raise TypeError(
-            "model is a callable, but building it on the ranks is not built yet; call it and give the module that it returns"
-        )
-    raise TypeError(f"model is a {type(model).__name__}, but must be an nn.Module")
-
-
-def _checked_datasets(datasets: object, evaluate_every: int | None) -> Mapping[str, Any]:
-    if datasets is None:
-        datasets = {}
-    if not isinstance(datasets, Mapping) or not set(datasets) <= {"train", "valid"}:
-        got = f"a dict with {sorted(map(str, datasets))}" if isinstance(datasets, Mapping) else type(datasets).__name__
-        raise TypeError(f"datasets is {got}, but must be a dict such as {{'train': source, 'valid': source}}")
-    if evaluate_every is not None and "valid" not in datasets:
-        raise ValueError(f"evaluate_every={evaluate_every} needs data: give datasets={{'valid': ...}} too")
-    for source in datasets.values():
-        open_source(source)
-    return datasets
-
-
+def _peek(feed: Feed, step: int) -> Any:
+    """The batch that comes next, which stays where it is."""
+    try:
+        return feed.peek()
+    except Exception as error:
+        raise data_error(error, step) from None

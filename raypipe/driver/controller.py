@@ -6,20 +6,26 @@ way. Evaluation comes between steps: what is queued is taken first.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
-from raypipe.data.feed import Draw, Feed
+from raypipe.data import Draw
 from raypipe.data.wire import pack, unpack
 from raypipe.driver.gang import Gang, Pending
 from raypipe.driver.metrics import average, step_metrics, tokens_in
+from raypipe.errors import StageError
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.spec import Gradients
 
-__all__ = ["Controller"]
+__all__ = ["Controller", "data_error"]
+
+T = TypeVar("T")
 
 AHEAD = 1
+"""Steps that are queued while one runs."""
 
 
 class Controller:
@@ -31,6 +37,7 @@ class Controller:
 
     Attributes:
         reports: of the last step that was taken, by rank.
+        step: number of the next step.
     """
 
     def __init__(self, gang: Gang, gradients: Gradients) -> None:
@@ -40,29 +47,47 @@ class Controller:
 
     def train(
         self,
-        feed: Feed,
+        draws: Iterable[Draw],
         on_step: Callable[[dict[str, Any]], None],
         *,
         pause_after: Callable[[Draw], bool] = lambda draw: False,
         on_pause: Callable[[Draw], None] = lambda draw: None,
     ) -> None:
-        """Trains on every batch that the feed gives.
+        """Trains on every batch that is drawn.
 
         Args:
-            feed: the batches.
+            draws: the batches; their steps go on from ``step``.
             on_step: told each step's metrics, in order.
-            pause_after: whether the pipeline is to be empty after this batch's step,
-            on_pause: which is then called.
+            pause_after: whether the pipeline is to be empty after this batch's step; it always is after the last.
+            on_pause: called when it is empty.
+
+        Raises:
+            StageError: a step failed, or the data's own code did; steps before that were taken first.
+            RaypipeError: see ``Gang.wait``.
         """
         queued: deque[tuple[Draw, int | None, Pending]] = deque()
-        for draw in feed:
-            wire = pack(draw.batch)
-            queued.append((draw, tokens_in(draw.batch), self._gang.train_step(draw.step, self._gang.put(wire))))
+
+        def take(left: int) -> None:
+            while len(queued) > left:
+                draw, tokens, pending = queued.popleft()
+                on_step({"epoch": draw.epoch, **self._metrics(pending, tokens)})
+
+        reader = iter(draws)
+        for number in itertools.count(self.step):
+            try:
+                draw = next(reader, None)
+            except Exception as error:
+                take(0)
+                raise data_error(error, number) from None
+            if draw is None:
+                break
+            pending = self._gang.train_step(draw.step, self._gang.put(pack(draw.batch)))
+            queued.append((draw, tokens_in(draw.batch), pending))
             pause = draw.last or pause_after(draw)
-            while len(queued) > (0 if pause else AHEAD):
-                on_step(self._taken(*queued.popleft()))
+            take(0 if pause else AHEAD)
             if pause:
                 on_pause(draw)
+        take(0)
 
     def train_step(self, batch: Any) -> dict[str, Any]:
         """One step on the user's own batch."""
@@ -87,18 +112,45 @@ class Controller:
 
     def _forwards(self, batches: Iterable[Any], kind: str) -> Iterator[ForwardReport]:
         queued: deque[Pending] = deque()
-        for batch in batches:
+        for batch in _read(batches, self.step):
             queued.append(self._gang.forward_step(self.step, self._gang.put(pack(batch)), kind))
             if len(queued) > AHEAD:
                 yield self._gang.wait(queued.popleft())[-1]
         while queued:
             yield self._gang.wait(queued.popleft())[-1]
 
-    def _taken(self, draw: Draw, tokens: int | None, pending: Pending) -> dict[str, Any]:
-        return {"epoch": draw.epoch, **self._metrics(pending, tokens)}
-
     def _metrics(self, pending: Pending, tokens: int | None) -> dict[str, Any]:
         self.reports = self._gang.wait(pending)
         self.step = pending.step + 1
         metrics = step_metrics(self.reports, self._gradients)
         return metrics if tokens is None else {**metrics, "tokens": tokens}
+
+
+def data_error(error: Exception, step: int) -> Exception:
+    """What to raise where reading a batch failed.
+
+    Data is read in the driver, for the first stage: an exception of the user's code is a ``StageError`` of stage 0 with
+    action ``data``. What raypipe's own readers refuse is a sentence already and stays as it is.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return error if _is_own(trace) else StageError(0, "data", step, error)
+
+
+def _is_own(trace: TracebackType | None) -> bool:
+    name = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+    return name.startswith("raypipe.")
+
+
+def _read(batches: Iterable[T], step: int) -> Iterator[T]:
+    """The batches, with ``data_error`` for what goes wrong in reading them."""
+    reader = iter(batches)
+    while True:
+        try:
+            batch = next(reader)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise data_error(error, step) from None
+        yield batch

@@ -1,7 +1,7 @@
 """All ranks in this process and one thread: no Ray, breakpoints work.
 
-Each rank's work is a generator that yields where it would wait. A rank runs until what it yielded is not there yet, then
-the next one does, always in the same order, so a run is deterministic.
+Each rank's work is a generator that yields where it would wait. A rank runs until what it yielded is not there yet,
+then the next one does, always in the same order, so a run is deterministic.
 """
 
 from __future__ import annotations

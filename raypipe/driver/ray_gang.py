@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -46,7 +46,7 @@ LONG_GRACE_S = 20.0
 
 def launch(
     topology: Topology,
-    builds: Sequence[bytes],
+    builds: Iterable[bytes],
     wiring: Wiring,
     *,
     resources: Mapping[str, float] | None = None,
@@ -59,8 +59,8 @@ def launch(
 
     Args:
         topology: the grid of ranks.
-        builds: one a rank: a cloudpickled callable without arguments that returns the rank's ``Worker``. An object
-            that stands at several ranks is stored once.
+        builds: one a rank: a cloudpickled callable without arguments that returns the rank's ``Worker``. They are
+            taken and stored one by one, so that a generator never holds all weights at once.
         wiring: which ranks talk to which.
         resources: ``resources_per_stage``, or None for the default.
         session: Ray, which the caller ends; where it is None the gang finds or starts Ray, and ends what it started.
@@ -74,8 +74,6 @@ def launch(
         TypeError, ValueError: ``resources`` is no dict of positive numbers.
     """
     asked = check_resources(resources)
-    if len(builds) != topology.size:
-        raise ValueError(f"{len(builds)} builds were given for {topology.size} ranks; give one for each")
     own = start_ray(topology.size, asked) if session is None else None
     group = None
     try:
@@ -123,20 +121,22 @@ class RayGang:
         """What is known of every rank since ``wait`` raised."""
         return self._failure
 
-    def start(self, builds: Sequence[bytes], wiring: Wiring) -> None:
+    def start(self, builds: Iterable[bytes], wiring: Wiring) -> None:
         """Compares versions, then builds and connects all ranks."""
         infos: list[NodeInfo] = self.wait(self._submit(0, "node", lambda actor, rank: actor.node.remote()))
         check_versions(NodeInfo.here(), infos)
         host = infos[0].ip
         (port,) = self.wait(self._submit(0, "rendezvous", lambda actor, rank: actor.serve.remote(host), ranks=1))
-        stored = {id(build): ray.put(build) for build in builds}
+        stored = [ray.put(build) for build in builds]
+        if len(stored) != len(self._actors):
+            raise ValueError(f"{len(stored)} builds were given for {len(self._actors)} ranks; give one for each")
         path = list(sys.path)
         self.wait(
             self._submit(
                 0,
                 "start",
                 lambda actor, rank: actor.start.remote(
-                    stored[id(builds[rank])], host, port, infos[rank].ip, wiring, path
+                    stored[rank], host, port, infos[rank].ip, wiring, path
                 ),
             )
         )

@@ -1,12 +1,12 @@
 """How events are seen: unit calls at ``__call__``, torch functions by a ``TorchFunctionMode`` that is off inside units.
 
-A tensor that an event made carries a tag, the number of its value; a tensor without one does not depend on any unit, and
-code that works on such tensors (masks, positions) is not our business: every stage runs it again.
+A tensor that an event made carries the mark of its run; a tensor without it does not depend on any unit, and code that
+works on such tensors (masks, positions) is not our business: every stage runs it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from raypipe.model.recording import Path
+from raypipe.model.seeds import kept_state, run_keyed
 
 __all__ = ["Switch", "Watch", "at_path", "install", "tensors_in"]
 
@@ -26,30 +27,36 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.parameters = parameters  # by id of the tensor: every parameter is a source of values
         self.inside = False
+        # Not the run itself: a tensor that a model keeps must not keep the run's activations alive.
+        self._mark = object()
 
-    def tag(self, tensor: Tensor) -> int | None:
-        """The number of the tensor's value in THIS run; a tensor that was kept from an earlier run has none."""
-        mark = getattr(tensor, "_raypipe_tag", None)
-        return mark[1] if mark is not None and mark[0] is self else None
+    def marked(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a value of THIS run; one that was kept from an earlier run is not."""
+        return getattr(tensor, "_raypipe_mark", None) is self._mark
 
-    def set_tag(self, tensor: Tensor, value: int) -> None:
-        tensor._raypipe_tag = (self, value)  # type: ignore[attr-defined]
+    def mark(self, tensor: Tensor) -> None:
+        """Makes the tensor a value of this run."""
+        tensor._raypipe_mark = self._mark  # type: ignore[attr-defined]
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A unit's call, outside of other units."""
         raise NotImplementedError
 
     def function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A torch function on at least one value."""
+        """A torch function on at least one value or parameter, outside of units."""
         raise NotImplementedError
 
     def nested_call(self, name: str) -> None:
         """A unit was called inside another unit."""
 
+    def depends(self, tensor: Tensor) -> bool:
+        """Whether what is made of this tensor is a value."""
+        return getattr(tensor, "_raypipe_mark", None) is self._mark or id(tensor) in self.parameters
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.inside or not self._depends(args, kwargs):
-            return func(*args, **kwargs)
-        return self.function(func, args, kwargs)
+        if self.inside or not (self._any_depends(args) or (kwargs and self._any_depends(kwargs.values()))):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self.function(func, args, kwargs or {})
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -66,14 +73,14 @@ class Watch(TorchFunctionMode):
                 torch._C._push_on_torch_function_stack(self)
             self.inside = False
 
-    def _depends(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    def _any_depends(self, args: Any) -> bool:
         for arg in args:
             if isinstance(arg, Tensor):
-                if self.tag(arg) is not None or id(arg) in self.parameters:
+                if self.depends(arg):
                     return True
-            elif isinstance(arg, (list, tuple)) and self._depends(arg, {}):
+            elif isinstance(arg, (list, tuple)) and self._any_depends(arg):
                 return True
-        return any(self._depends((arg,), {}) for arg in kwargs.values() if isinstance(arg, (Tensor, list, tuple)))
+        return False
 
 
 class Switch:
@@ -84,12 +91,19 @@ class Switch:
 
     @contextmanager
     def on(self, watch: Watch) -> Iterator[None]:
+        """``watch`` sees what is called meanwhile; afterwards PyTorch's generators are as they were.
+
+        ``nn.TransformerEncoder``'s fast path gives padded positions another value than its layers do one by one.
+        """
         before, self.watch = self.watch, watch
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with watch:
+            with kept_state(), watch:
                 yield
         finally:
             self.watch = before
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def install(units: Mapping[str, nn.Module]) -> Switch:
@@ -106,12 +120,12 @@ def install(units: Mapping[str, nn.Module]) -> Switch:
 def _watched(cls: type[nn.Module], name: str, switch: Switch) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         watch = switch.watch
-        if watch is None:
-            return cls.__call__(self, *args, **kwargs)
-        if watch.inside:
+        if watch is not None and not watch.inside:
+            return watch.unit_call(name, cls.__call__.__get__(self), args, kwargs)
+        if watch is not None:
             watch.nested_call(name)
-            return cls.__call__(self, *args, **kwargs)
-        return watch.unit_call(name, cls.__call__.__get__(self), args, kwargs)
+        # Called by another unit, or again in a checkpoint's backward: under the same seed either way.
+        return run_keyed(lambda: cls.__call__(self, *args, **kwargs))
 
     return type(
         cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

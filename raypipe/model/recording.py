@@ -78,7 +78,8 @@ class Event:
     Attributes: ``name`` (the unit's, or the function's); ``call``, the number of the unit call or None; ``uses``, numbers
     of the values it reads; ``parameters``, names of those that it reads outside of their units (and of units that it
     calls inside); ``leaves`` and ``tree`` of its result; ``mutations``; ``flops`` of the forward, where counted;
-    ``where``, the line of the user's code.
+    ``where``, the line of the user's code; ``random``, whether it is a function that draws random numbers; ``region``,
+    equal for events of one checkpointed call, or None.
     """
 
     name: str
@@ -90,6 +91,8 @@ class Event:
     mutations: tuple[Mutation, ...] = ()
     flops: int = 0
     where: str = ""
+    random: bool = False
+    region: int | None = None
 
     @property
     def nested(self) -> bool:
@@ -117,6 +120,8 @@ class Recording:
     """By value: a fake tensor that stands for it where it is not computed."""
     returned: tuple[int, ...] = ()
     """Values that the forward returned: used at the end."""
+    stopped: str | None = None
+    """Why nothing is known of the end of the forward, where that is so: it asked a value for its data."""
     _windows: dict[tuple[int, ...], tuple[Window, ...]] = field(default_factory=dict)
 
     @property
@@ -143,13 +148,15 @@ class Recording:
         """The windows between cuts, each given as the number of the unit call that it stands before.
 
         Raises:
-            CutError: two live values share memory that is changed in place afterwards.
+            CutError: two live values share memory that is changed in place afterwards, or a cut is inside of a
+                checkpointed call.
         """
         if cuts not in self._windows:
             calls = self.calls
             edges = [0, *(calls[cut] for cut in cuts), len(self.events)]
             live = [(), *(self.live(edge) for edge in edges[1:-1]), ()]
             for edge, values in zip(edges[1:-1], live[1:-1], strict=True):
+                self._refuse_region(edge)
                 self._refuse_aliases(edge, values)
             self._windows[cuts] = tuple(
                 Window(edges[i], edges[i + 1], live[i], live[i + 1]) for i in range(len(edges) - 1)
@@ -167,6 +174,14 @@ class Recording:
         return (
             f"a {value.spec.dtype} tensor {value.spec.shape} made by {event.name}{event.where and f' ({event.where})'}"
         )
+
+    def _refuse_region(self, cut: int) -> None:
+        before, after = self.events[cut - 1], self.events[cut]
+        if after.region is not None and before.region == after.region:
+            raise CutError(
+                f"a cut before {after.name} ({after.where}) would part one call of torch.utils.checkpoint that began "
+                f"before {before.name}; checkpoint each unit by itself, or keep the call in one stage with balance=[...]"
+            )
 
     def _refuse_aliases(self, cut: int, values: tuple[Value, ...]) -> None:
         changed = self.mutated_after(cut)
