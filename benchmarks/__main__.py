@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 SUBJECTS: Mapping[str, Callable[[int, Callable[[str], None]], Subject]] = {
     "real_work": real_work.run,
+    "real_work_halves": real_work.run_halves,
     "emulated": emulated.run,
     "emulated_8": emulated.run_8,
     "driver_cost": driver_cost.run,

@@ -19,7 +19,8 @@ def machine() -> str:
     """Processor, cores, load, versions and date in one line."""
     load = os.getloadavg()[0]
     return (
-        f"{date.today().isoformat()}: {_processor()}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} at the start; "
+        f"{date.today().isoformat()}: {_processor()}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} at the "
+        f"start; "
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, PyTorch {torch.__version__}, "
         f"Ray {ray.__version__}, raypipe {raypipe.__version__}"
     )

@@ -1,4 +1,4 @@
-"""The models that are trained here. A pipeline's peer gets the very same modules: a slice of the same ``Sequential``."""
+"""The models that are trained here. A pipeline's peer gets the same modules: a slice of the same ``Sequential``."""
 
 from __future__ import annotations
 

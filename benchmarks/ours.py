@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.peer import Task
 from raypipe import PipelineTrainer
-from raypipe.observe.events import Trace
+from raypipe.observe.events import END, FROM, START, Trace
+from raypipe.schedule import Op
+from raypipe.schedule.dry_run import given_by, needed_by
 
 __all__ = ["Steps", "steps_of", "trainer_of"]
 
@@ -47,12 +50,36 @@ class Steps:
         """Seconds from each step's start on rank 0 to the next one's, the last one's to its end."""
         starts = [ranks[0].started for ranks in self.traces]
         marks = [*starts, self.traces[-1][0].ended]
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in pairwise(marks)]
+
+    def action_s(self, op: Op) -> list[float]:
+        """Seconds of every action of this kind."""
+        return [
+            float(row[END] - row[START])
+            for ranks in self.traces
+            for trace in ranks
+            for action, row in zip(trace.actions, trace.times, strict=True)
+            if action.op is op
+        ]
+
+    @property
+    def handovers(self) -> list[float]:
+        """Seconds from an action's end to the start of the one on the next rank that was waiting for its message."""
+        found = []
+        for ranks in self.traces:
+            chunks = 1 + max(action.chunk for trace in ranks for action in trace.actions)
+            rows = [(r, a, row) for r, t in enumerate(ranks) for a, row in zip(t.actions, t.times, strict=True)]
+            made = {given_by(action): (rank, row[END]) for rank, action, row in rows}
+            for rank, action, row in rows:
+                source, ended = made.get(needed_by(action, chunks), (rank, 0.0))
+                if source != rank and row[FROM] < ended:
+                    found.append(float(row[START] - ended))
+        return found
 
     @property
     def gaps(self) -> list[float]:
         """Seconds between the end of a step and the start of the next one, on each rank."""
-        pairs = zip(self.traces, self.traces[1:], strict=False)
+        pairs = pairwise(self.traces)
         return [b.started - a.ended for before, after in pairs for a, b in zip(before, after, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """The peer: ``torch.distributed.pipelining`` on gloo, used as its documentation says.
 
-One process a stage, one thread each; the model is cut by hand, a ``PipelineStage`` and a schedule run it. Each step ends
-with the optimizer. The processes wait on a pipe, without using the processor, while it is not their turn.
+One process a stage, one thread each; the model is cut by hand, a ``PipelineStage`` and a schedule run it. Each step
+ends with the optimizer. The processes wait on a pipe, without using the processor, while it is not their turn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -31,8 +32,8 @@ TURN_TIMEOUT_S = 600.0
 class Task:
     """What both sides train; it can be pickled.
 
-    Attributes: ``model`` and ``batch`` make the same ones each time; ``counts``, how many of the model's layers each stage
-    holds.
+    Attributes: ``model`` and ``batch`` make the same ones each time; ``counts``, how many of the model's layers each
+    stage holds.
     """
 
     model: Callable[[], nn.Sequential]
@@ -45,8 +46,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Turn:
-    """Some steps in a row: ``starts`` of each on rank 0, when the last ended there, ``seconds`` of them all as the driver
-    saw it, and the last step's ``loss``."""
+    """Some steps in a row: ``starts`` of each on rank 0, when the last ended there, ``seconds`` of them all as
+    the driver saw it, and the last step's ``loss``."""
 
     starts: list[float]
     ended: float
@@ -57,7 +58,7 @@ class Turn:
     def periods(self) -> list[float]:
         """Seconds from each step's start on rank 0 to the next one's."""
         marks = [*self.starts, self.ended]
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in pairwise(marks)]
 
 
 class Peer:

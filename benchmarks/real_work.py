@@ -14,19 +14,30 @@ from benchmarks.table import Row, Subject, measured
 from raypipe.options import Options
 from raypipe.plan import make_plan
 
-__all__ = ["run"]
+__all__ = ["run", "run_halves"]
 
 STAGES, MICROBATCHES, WARM_UP = 2, 8, 2
 BARS = {"1f1b": 0.90, "gpipe": 0.95}
 
 
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
+    """Cut where raypipe cuts by itself; the peer's cut is the same."""
+    plan = make_plan(gpt(), Options(stages=STAGES, loss=token_loss, microbatches=MICROBATCHES), gpt_batch())
+    counts = tuple(len(chunk.units) for chunk in plan.partition.chunks)
+    return _run("raypipe's own cut", counts, rounds, say)
+
+
+def run_halves(rounds: int, say: Callable[[str], None]) -> Subject:
+    """Cut in the middle, as one does by hand: the second stage is the slower one."""
+    return _run("halves", (BLOCKS // 2 + 1, BLOCKS // 2 + 1), rounds, say)
+
+
+def _run(cut: str, counts: tuple[int, ...], rounds: int, say: Callable[[str], None]) -> Subject:
     """Each round: one step of each side with each schedule; who goes first alternates.
 
-    A step's time is what the driver waits for it, so raypipe's includes Ray's calls and the batch's way to the ranks; the
-    peer's ranks have had their batch from the start.
+    A step's time is what the driver waits for it: raypipe's includes Ray's calls and the batch's way to the ranks,
+    while the peer's ranks have had their batch from the start.
     """
-    counts = _cuts()
     task = Task(gpt, gpt_batch, token_loss, adamw, MICROBATCHES, counts)
     ratios: dict[str, list[float]] = {name: [] for name in BARS}
     with ExitStack() as stack:
@@ -52,13 +63,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Subject:
                 if number >= WARM_UP:
                     ratios[name].append(own_s / peer_s)
     rows = [_row(name, values, counts) for name, values in ratios.items()]
-    return Subject("Real work against torch.distributed.pipelining", rows)
-
-
-def _cuts() -> tuple[int, ...]:
-    """How many layers each stage holds, as raypipe chooses; the peer's cut is the same."""
-    plan = make_plan(gpt(), Options(stages=STAGES, loss=token_loss, microbatches=MICROBATCHES), gpt_batch())
-    return tuple(len(chunk.units) for chunk in plan.partition.chunks)
+    return Subject(f"Real work against torch.distributed.pipelining, {cut}", rows)
 
 
 def _pair(

@@ -71,7 +71,7 @@ def _models(say: Callable[[str], None]) -> Sequence[tuple[str, nn.Module, Option
             f"Hugging Face Llama, 12 layers, length {LENGTH}",
             hugging_face,
             options,
-            dict(input_ids=tokens, labels=targets),
+            {"input_ids": tokens, "labels": targets},
         ),
     ]
 

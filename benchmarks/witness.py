@@ -15,37 +15,33 @@ from torch import nn
 __all__ = ["Note", "Witness", "read_witness", "witness"]
 
 Note = dict[str, Any]
-"""Of one rank: ``names``, and bytes: ``weights``, ``parameters_here``, ``peak_building``, ``peak_growth``."""
+"""Of one rank: ``names``, and bytes: ``weights``, ``parameters_here``, ``peak_building``, ``peak``."""
 
 
 class Witness(torch.optim.SGD):
     """SGD that changes nothing and notes, in a file of ``folder``, memory and weights of its process.
 
-    It is made when the rank has its weights and before its first step; the peak counts from there.
+    It is made when the rank has got its weights.
     """
 
     def __init__(self, parameters: Any, folder: str) -> None:
         parameters = list(parameters)
         super().__init__([p for _, p in parameters], lr=0.0)
-        self._folder, self._names = Path(folder), [name for name, _ in parameters]
-        self._weights = sum(p.numel() * p.element_size() for _, p in parameters)
-        self._built = _memory("VmHWM")
-        # Linux: from now on the peak is that of what follows.
-        Path("/proc/self/clear_refs").write_text("5")
-        self._before = _memory("VmRSS")
+        self._folder = Path(folder)
+        self._noted: Note = {
+            "names": [name for name, _ in parameters],
+            "weights": sum(p.numel() * p.element_size() for _, p in parameters),
+            "peak_building": _memory("VmHWM"),
+        }
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Notes, and steps."""
         super().step(closure)
-        noted = {
-            "names": self._names,
-            "weights": self._weights,
-            "parameters_here": _parameter_bytes(),
-            "peak_building": self._built,
-            "peak_growth": _memory("VmHWM") - self._before,
-        }
-        (self._folder / f"{os.getpid()}.json").write_text(json.dumps(noted))
+        if "parameters_here" not in self._noted:
+            self._noted["parameters_here"] = _parameter_bytes()
+        self._noted["peak"] = _memory("VmHWM")
+        (self._folder / f"{os.getpid()}.json").write_text(json.dumps(self._noted))
 
 
 def witness(folder: str) -> Callable[[Any], Witness]:

@@ -163,8 +163,8 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     samples = layout.samples(batch)
     microbatches = layout.split(batch, options.most_microbatches)
     skeleton = make_skeleton(model, options.units)
-    if not skeleton.model.training:
-        skeleton.model.train()
+    if not (training and skeleton.model.training):  # a root in train mode keeps its submodules' own modes
+        skeleton.model.train(training)
     if training:  # by the most microbatches that a batch may have: this one may be small
         refuse_batch_norm(skeleton.model, options.most_microbatches, options.batch_norm)
     schedule = options.make_schedule(len(microbatches))
@@ -194,7 +194,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
 
 def _record(twin: Twin, caller: Caller, batch: Any) -> Recording:
     own = pytree.tree_map_only(Tensor, torch.clone, batch)
-    return record(twin, lambda model: caller.outputs(model, own), count_flops=True)
+    return record(twin, lambda model: caller.outputs(model, own))
 
 
 def _find_rule(model: nn.Module, caller: Caller, batch: Any, layout: BatchLayout, options: Options) -> LossRule:

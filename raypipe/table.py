@@ -39,10 +39,11 @@ def plan_table(plan: Plan) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     shared = plan.partition.shared
     if shared:
-        lines.append(f"shared: {', '.join(f'{name} (chunks {chunks})' for name, chunks in shared.items())}")
+        holders = (f"{name} (chunks {', '.join(map(str, chunks))})" for name, chunks in shared.items())
+        lines.append(f"shared: {', '.join(holders)}")
     lines.append(
-        f"{plan.schedule.headline()}; {plan.samples} samples in {plan.schedule.microbatches} microbatches; predicted "
-        f"bubble {simulated.bubble:.1%} (FLOPs and 'sends' are of one microbatch)"
+        f"{plan.schedule.headline()} of {plan.samples} samples; predicted bubble {simulated.bubble:.1%} "
+        "(FLOPs and 'sends' are of one microbatch)"
     )
     return "\n".join(lines)
 

@@ -43,7 +43,8 @@ class PipelineTrainer:
             is called as ``model(**batch)``), a pair ``(inputs, targets)``, or anything where ``forward`` is given.
         loss: ``loss(outputs, targets) -> scalar``, or ``loss(outputs, batch)`` for a dict; None: the model returns it.
         forward: ``forward(model, batch) -> outputs``, for a model that is called in its own way.
-        optimizer: ``optimizer(named_parameters) -> torch.optim.Optimizer``; called on each rank with its own.
+        optimizer: ``optimizer(named_parameters) -> torch.optim.Optimizer``; called on each rank with its own, and
+            beforehand once a stage with stand-ins, so that one that cannot be used is refused before anything starts.
         lr_scheduler: ``lr_scheduler(optimizer) -> LRScheduler``, stepped once a step.
         max_grad_norm: clip by the norm over all stages, shared weights counted once.
         schedule: a name (``"gpipe"``, ``"1f1b"``), a ``Schedule``, or ``(stages, microbatches) -> Schedule``.

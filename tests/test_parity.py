@@ -89,7 +89,9 @@ def test_ragged_and_tiny_batches(samples: int, microbatches: int, stages: int) -
 
 
 def test_batches_of_many_sizes_in_one_run() -> None:
-    batches = [batches_of_tokens(1, samples, length=length)[0] for samples, length in ((8, 12), (3, 12), (5, 7), (1, 9))]
+    batches = [
+        batches_of_tokens(1, samples, length=length)[0] for samples, length in ((8, 12), (3, 12), (5, 7), (1, 9))
+    ]
     wanted = unsplit(gpt(), batches, momentum)
     found = piped(gpt(), batches, 3, optimizer=momentum, microbatches=4)
     assert_same_losses(found, wanted)

@@ -6,6 +6,7 @@ then the next one does, always in the same order, so a run is deterministic.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,9 @@ class LocalGang:
                 return status.values
             self._failure = status
             self.close()
+            for work in pending.calls:
+                with contextlib.suppress(Exception):  # of a rank that was stopped half-way
+                    work.close()
         raise first_cause(self._failure) from None
 
     def close(self) -> None:

@@ -20,17 +20,18 @@ class Place:
     """Where an event is.
 
     Attributes: ``line`` of the user's code; ``function``, the ``autograd.Function`` whose forward it runs in, or None;
-    ``region``, a number that events of one call of ``torch.utils.checkpoint.checkpoint`` share, or None.
+    ``region``, the frame of ``torch.utils.checkpoint.checkpoint`` that it runs in, or None.
     """
 
     line: str
     function: str | None
-    region: int | None
+    region: FrameType | None
 
 
 def place() -> Place:
     """The place of the code that runs now, looked up from here to the recording's own frame."""
-    function, region = None, None
+    function: str | None = None
+    region: FrameType | None = None
     for frame in _frames():
         name = frame.f_globals.get("__name__", "")
         if name == "raypipe.model.record" and frame.f_code.co_name == "record":
@@ -38,7 +39,7 @@ def place() -> Place:
         if frame.f_code is _APPLY:
             function = frame.f_locals["cls"].__name__
         elif name == "torch.utils.checkpoint" and frame.f_code.co_name == "checkpoint":
-            region = id(frame)
+            region = frame
     return Place(user_line(), function, region)
 
 

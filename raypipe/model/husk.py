@@ -31,13 +31,14 @@ class Husk(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:  # Parameter(), .data and requires_grad_ ask for it; no data is read
             return husk_of(args[0], args[0].husk_name, is_parameter=False)
         names = [a.husk_name for a in args if isinstance(a, Husk)]
         raise CutError(
-            f"{func} reads {', '.join(names) or 'a weight'}, which another stage holds: the model uses it outside of its "
-            "own module in a way that was not seen when it was planned; name the modules that belong together in units=[...]"
+            f"{func} reads {', '.join(names) or 'a weight'}, which another stage holds: the model uses it outside of "
+            "its own module in a way that was not seen when it was planned; name the modules that belong together in "
+            "units=[...]"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -47,7 +48,7 @@ class Husk(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Husk:
         return memo.setdefault(id(self), husk_of(self, self.husk_name, getattr(self, "_is_param", False)))  # type: ignore[no-any-return]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Husk({self.husk_name}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
@@ -67,12 +68,12 @@ def _rebuild(
     name: str,
     is_parameter: bool,
 ) -> Husk:
-    husk: Husk = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        Husk, shape, strides=stride, dtype=dtype, device=device, requires_grad=requires_grad
+    husk: Husk = Tensor._make_wrapper_subclass(
+        Husk, shape, strides=stride, dtype=dtype, device=torch.device(device), requires_grad=requires_grad
     )
     husk.husk_name = name
     if is_parameter:
-        husk._is_param = True  # type: ignore[attr-defined]  # isinstance(husk, nn.Parameter) holds
+        husk._is_param = True  # isinstance(husk, nn.Parameter) holds
     return husk
 
 

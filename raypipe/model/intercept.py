@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from raypipe.model.recording import Path
 from raypipe.model.seeds import kept_state, run_keyed
 
-__all__ = ["Switch", "Watch", "at_path", "install", "tensors_in"]
+__all__ = ["Switch", "Watch", "install"]
 
 
 class Watch(TorchFunctionMode):
@@ -60,7 +59,10 @@ class Watch(TorchFunctionMode):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside units nothing is seen. Popping the mode costs nothing per function; a mode on top of it forbids that."""
+        """Inside units nothing is seen.
+
+        The mode is popped, which costs nothing per function; a mode on top of it forbids that.
+        """
         self.inside = True
         top = torch._C._len_torch_function_stack() - 1
         popped = torch._C._get_function_stack_at(top) is self if top >= 0 else False
@@ -130,22 +132,3 @@ def _watched(cls: type[nn.Module], name: str, switch: Switch) -> type[nn.Module]
     return type(
         cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     )
-
-
-def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The tensors in nested tuples, lists and dicts, with their paths."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, (list, tuple)):
-        for index, item in enumerate(tree):
-            yield from tensors_in(item, (*path, index))
-    elif isinstance(tree, Mapping):
-        for key, item in tree.items():
-            yield from tensors_in(item, (*path, key))
-
-
-def at_path(tree: Any, path: Path) -> Any:
-    """What stands at ``path``."""
-    for key in path:
-        tree = tree[key]
-    return tree

@@ -1,7 +1,7 @@
 """Where a model is cut, and what each chunk then holds.
 
-What is cut is the sequence of unit calls. A contiguous split that makes the heaviest chunk as light as possible is found
-exactly, by dynamic programming (the classical linear partition problem).
+What is cut is the sequence of unit calls. A contiguous split that makes the heaviest chunk as light as possible is
+found exactly, by dynamic programming (the classical linear partition problem).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["Chunk", "Partition", "check_balance", "lightest_split", "partition"]
 class Chunk:
     """What one chunk computes and holds.
 
-    Attributes: ``units``, a name for each of its unit calls; ``parameters``, names of those that it holds; ``flops`` of its
-    forward for the microbatch of the recording; ``boundary_bytes`` that it sends forward for it.
+    Attributes: ``units``, a name for each of its unit calls; ``parameters``, names of those that it holds; ``flops`` of
+    its forward for the microbatch of the recording; ``boundary_bytes`` that it sends forward for it.
     """
 
     units: tuple[str, ...]
@@ -151,7 +151,8 @@ def _given(balance: Sequence[int], names: Sequence[str], chunks: int) -> tuple[i
         raise ValueError(f"balance={list(balance)} must be whole numbers of at least 1: unit calls for each chunk")
     if sum(balance) != len(names):
         raise ValueError(
-            f"balance={list(balance)} sums to {sum(balance)}, but the model has {len(names)} unit calls ({_some(names)})"
+            f"balance={list(balance)} sums to {sum(balance)}, but the model has {len(names)} unit calls "
+            f"({_some(names)})"
         )
     return tuple(balance)
 
@@ -167,8 +168,8 @@ def check_balance(balance: object) -> str | Sequence[int]:
             return balance
         later = balance in ("time", "memory")
         raise ValueError(
-            f"balance={balance!r} is {'not built yet' if later else 'unknown'}; use 'flops', 'parameters' or a list of unit "
-            "calls for each chunk"
+            f"balance={balance!r} is {'not built yet' if later else 'unknown'}; use 'flops', 'parameters' or a list of "
+            "unit calls for each chunk"
         )
     if isinstance(balance, (list, tuple)):
         return balance

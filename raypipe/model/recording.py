@@ -75,8 +75,8 @@ class Mutation:
 class Event:
     """One event.
 
-    Attributes: ``name`` (the unit's, or the function's); ``call``, the number of the unit call or None; ``uses``, numbers
-    of the values it reads; ``parameters``, names of those that it reads outside of their units (and of units that it
+    Attributes: ``name`` (the unit's, or the function's); ``call``, the number of the unit call or None; ``uses``,
+    numbers of the values it reads; ``parameters``, names of those that it reads outside of their units (and of units that it
     calls inside); ``leaves`` and ``tree`` of its result; ``mutations``; ``flops`` of the forward, where counted;
     ``where``, the line of the user's code; ``random``, whether it is a function that draws random numbers; ``region``,
     equal for events of one checkpointed call, or None.
@@ -120,6 +120,8 @@ class Recording:
     """By value: a fake tensor that stands for it where it is not computed."""
     returned: tuple[int, ...] = ()
     """Values that the forward returned: used at the end."""
+    withheld: tuple[int, ...] = ()
+    """Leaves of the outputs that units filled out of sight (a cache of keys): None is returned in their place."""
     stopped: str | None = None
     """Why nothing is known of the end of the forward, where that is so: it asked a value for its data."""
     _windows: dict[tuple[int, ...], tuple[Window, ...]] = field(default_factory=dict)
@@ -180,7 +182,8 @@ class Recording:
         if after.region is not None and before.region == after.region:
             raise CutError(
                 f"a cut before {after.name} ({after.where}) would part one call of torch.utils.checkpoint that began "
-                f"before {before.name}; checkpoint each unit by itself, or keep the call in one stage with balance=[...]"
+                f"before {before.name}; checkpoint each unit by itself, or keep the call in one stage with "
+                "balance=[...]"
             )
 
     def _refuse_aliases(self, cut: int, values: tuple[Value, ...]) -> None:

@@ -1,51 +1,28 @@
 """Runs one chunk of a model: the model's OWN forward, with only this chunk's events computed.
 
-An event before the window is answered with a received tensor where its value is live, else with a placeholder; an event in
-the window runs; the first event after it ends the run. So whatever else the forward does is plain Python that runs again.
+An event before the window is answered with a received tensor where its value is live, else with a placeholder; an event
+in the window runs; the first event after it ends the run. So whatever else the forward does is plain Python that runs
+again. After the last unit call nothing is looked at any more: one stage runs all of it, whatever it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from raypipe.errors import CutError
-from raypipe.model.intercept import Switch, Watch, at_path, tensors_in
-from raypipe.model.record import changes_in_place, function_name
+from raypipe.model.functions import SHAPES, changes_in_place, function_name
+from raypipe.model.intercept import Switch, Watch
 from raypipe.model.recording import Constant, Event, New, Recording, Same, Window
+from raypipe.model.seeds import Seeds, pass_by, run_keyed
+from raypipe.model.trees import at_path, tensors_in
 
 __all__ = ["Seeds", "replay"]
-
-_SHAPES = frozenset(
-    ["shape", "size", "dim", "ndim", "dtype", "device", "stride", "numel", "nelement", "layout", "is_contiguous", "is_floating_point", "is_complex", "is_leaf", "requires_grad", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_cpu", "element_size", "itemsize", "nbytes", "names", "__len__", "storage_offset"]
-)
-
-_MASK = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Seeds:
-    """The key of all randomness of one microbatch: dropout depends on it and on the event, not on the stage."""
-
-    seed: int
-    step: int
-    sample: int
-    """Number of the microbatch's first sample in the whole batch."""
-
-    def before(self, event: int) -> int:
-        """The generator's seed before an event (splitmix64 of the four numbers; Steele, Lea and Flood, OOPSLA 2014)."""
-        state = 0
-        for part in (self.seed, self.step, self.sample, event):
-            state = (state + part + 0x9E3779B97F4A7C15) & _MASK
-            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-            state ^= state >> 31
-        return state >> 1
 
 
 class _EndOfWindow(BaseException):
@@ -74,39 +51,38 @@ def replay(
         seeds: of the microbatch.
 
     Returns:
-        The tensors of ``window.outputs``; and what the forward returned, where the window reaches to the end, else None.
+        The tensors of ``window.outputs``; and what the forward returned, where the window reaches to the end, else
+        None.
 
     Raises:
         CutError: the model took another way than in its recording.
     """
-    run = _Replay(parameters, recording, window, received, seeds)
+    run = _Replay(parameters, recording, window, received)
     outputs: Any = None
     with switch.on(run):
-        try:
-            run.seed(0)
+        seeds.start()
+        with suppress(_EndOfWindow):
             outputs = forward(model)
-        except _EndOfWindow:
-            pass
-    if run.event != window.end:
+    if run.event != window.end and not run.in_tail:
         raise CutError(
-            f"the model's forward ended at event {run.event} ({run.name(run.event)} was next when it was planned): it takes "
-            "another way from batch to batch; put the part that varies into a unit (units=[...])"
+            f"the model's forward ended at event {run.event} ({run.name(run.event)} was next when it was planned): it "
+            "takes another way from batch to batch; put the part that varies into a unit (units=[...])"
         )
-    return run.live_outputs(), outputs
+    return run.live_outputs(), _checked(recording, outputs)
 
 
 class _Replay(Watch):
+    """Attributes: ``event``, the number of the next one; ``in_tail``, whether the last unit call of all was made."""
+
     def __init__(
-        self,
-        parameters: Mapping[int, str],
-        recording: Recording,
-        window: Window,
-        received: Sequence[Tensor],
-        seeds: Seeds,
+        self, parameters: Mapping[int, str], recording: Recording, window: Window, received: Sequence[Tensor]
     ) -> None:
         super().__init__(parameters)
-        self.recording, self.window, self.seeds = recording, window, seeds
+        self.recording, self.window = recording, window
+        self.events = recording.events
         self.event = 0
+        self.in_tail = False
+        self.last_call = recording.calls[-1] if window.end == len(self.events) else -1
         self.received = {value.thing: tensor for value, tensor in zip(window.inputs, received, strict=True)}
         self.wanted = {value.number for value in window.outputs}
         self.live = {
@@ -114,15 +90,14 @@ class _Replay(Watch):
             for value, tensor in zip(window.inputs, received, strict=True)
             if value.number in self.wanted
         }
-        for value, tensor in zip(window.inputs, received, strict=True):
-            self.set_tag(tensor, value.number)
+        for tensor in received:
+            self.mark(tensor)
 
     def name(self, event: int) -> str:
-        events = self.recording.events
-        return events[event].name if event < len(events) else "the end"
+        return self.events[event].name if event < len(self.events) else "the end"
 
-    def seed(self, event: int) -> None:
-        torch.default_generator.manual_seed(self.seeds.before(event))
+    def depends(self, tensor: Tensor) -> bool:
+        return not self.in_tail and super().depends(tensor)
 
     def live_outputs(self) -> list[Tensor]:
         outputs = []
@@ -130,65 +105,75 @@ class _Replay(Watch):
             tensor = self.live[value.number]
             if tuple(tensor.shape) != value.spec.shape or tensor.dtype != value.spec.dtype:
                 raise CutError(
-                    f"{self.recording.describe(value)} came out as a {tensor.dtype} tensor {tuple(tensor.shape)}: the shape "
-                    "depends on the data; put its maker and its users into one unit with units=[...]"
+                    f"{self.recording.describe(value)} came out as a {tensor.dtype} tensor {tuple(tensor.shape)}: the "
+                    "shape depends on the data; put its maker and its users into one unit with units=[...]"
                 )
             outputs.append(tensor)
+        _refuse_placeholders(self.recording, outputs)
         return outputs
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.in_tail:
+            raise CutError(self.recording.stopped or self._another_way(name))
         with self.off():
-            if self.name(self.event) != name:
-                self._other_way(name)
-            event = self._enter()
+            event = self._enter(name)
             if self.event < self.window.start:
+                pass_by()
                 return self._answer(event, args, kwargs)
-            self.seed(self.event)
-            return self._made(event, call(*args, **kwargs), args, kwargs)
+            result = run_keyed(lambda: call(*args, **kwargs))
+            return self._made(event, result, args, kwargs)
 
     def function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = function_name(func)
-        if name in _SHAPES:
+        if name in SHAPES:
             return func(*args, **kwargs)
         if self.name(self.event) == name:
-            event = self._enter()
+            event = self._enter(name)
             if self.event < self.window.start:
+                if event.random:
+                    pass_by()
                 return self._answer(event, args, kwargs)
-            return self._made(event, func(*args, **kwargs), args, kwargs)
+            result = run_keyed(lambda: func(*args, **kwargs)) if event.random else func(*args, **kwargs)
+            return self._made(event, result, args, kwargs)
         result = func(*args, **kwargs)
         if changes_in_place(name, kwargs) or next(tensors_in(result), None) is not None:
-            self._other_way(name)
+            raise CutError(self._another_way(name))
         return result
 
-    def _enter(self) -> Event:
+    def _enter(self, name: str) -> Event:
         if self.event >= self.window.end:
             raise _EndOfWindow
-        return self.recording.events[self.event]
+        event = self.events[self.event]
+        if event.name != name:
+            raise CutError(self._another_way(name))
+        return event
 
     def _answer(self, event: Event, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an event that another stage computes."""
         leaves: list[Any] = []
         for leaf in event.leaves:
             if isinstance(leaf, New):
-                thing = self.recording.values[leaf.value].thing
-                tensor = self.received.get(thing)
-                tensor = self.recording.placeholders[leaf.value] if tensor is None else tensor
-                self.set_tag(tensor, leaf.value)
+                tensor = self.received.get(self.recording.values[leaf.value].thing)
+                if tensor is None:
+                    tensor = self.recording.placeholders[leaf.value]
+                self.mark(tensor)
                 leaves.append(tensor)
             else:
                 leaves.append(at_path((args, kwargs), leaf.path) if isinstance(leaf, Same) else leaf.value)
         for mutation in event.mutations:
             target = at_path((args, kwargs), mutation.path)
-            tensor = self.received.get(self.recording.values[mutation.value].thing)
+            thing = self.recording.values[mutation.value].thing
+            tensor = self.received.get(thing)
             if tensor is not None and tensor is not target:  # plain code made the object; a value was written into it
                 target.copy_(tensor)
-                self.received[self.recording.values[mutation.value].thing] = target
-            self.set_tag(target, mutation.value)
-        return self._passed(event, leaves)
+                self.received[thing] = target
+            self.mark(target)
+        self.event += 1
+        return pytree.tree_unflatten(leaves, event.tree) if event.nested else leaves[0]
 
     def _made(self, event: Event, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Names the values that an event of the window made, and keeps those that are sent."""
-        if type(result) is Tensor and len(event.leaves) == 1:
+        """Marks the values that an event of the window made, and keeps those that are sent."""
+        if not event.nested and type(result) is Tensor:
             leaves: list[Any] = [result]
         else:
             leaves, tree = pytree.tree_flatten(result)
@@ -199,30 +184,48 @@ class _Replay(Watch):
                 self._name(leaf, planned.value)
             elif isinstance(planned, Constant) and not _same(leaf, planned.value):
                 raise CutError(
-                    f"{event.name} returned {leaf!r} where it returned {planned.value!r} when it was planned: a number that "
-                    "depends on the data cannot be carried; return it as a tensor"
+                    f"{event.name} returned {leaf!r} where it returned {planned.value!r} when it was planned: a number "
+                    "that depends on the data cannot be carried; return it as a tensor"
                 )
         for mutation in event.mutations:
             self._name(at_path((args, kwargs), mutation.path), mutation.value)
-        self._passed(event, leaves)
+        self.in_tail = self.event == self.last_call
+        self.event += 1
         return result
 
-    def _name(self, tensor: Tensor, value: int) -> None:
-        self.set_tag(tensor, value)
+    def _name(self, tensor: Any, value: int) -> None:
+        if not isinstance(tensor, Tensor):
+            made = self.recording.describe(value)
+            raise CutError(
+                f"a {type(tensor).__name__} came where {made} came when it was planned; return a tensor always"
+            )
+        self.mark(tensor)
         if value in self.wanted:
             self.live[value] = tensor
 
-    def _passed(self, event: Event, leaves: list[Any]) -> Any:
-        # What draws random numbers next must not depend on which events this stage computed.
-        self.event += 1
-        self.seed(self.event)
-        return pytree.tree_unflatten(leaves, event.tree) if len(leaves) != 1 or event.nested else leaves[0]
-
-    def _other_way(self, name: str) -> NoReturn:
-        raise CutError(
-            f"the model calls {name} where {self.name(self.event)} came when it was planned: it takes another way from batch "
-            "to batch; put the part that varies into a unit (units=[...])"
+    def _another_way(self, name: str) -> str:
+        return (
+            f"the model calls {name} where {self.name(self.event)} came when it was planned: it takes another way from "
+            "batch to batch; put the part that varies into a unit (units=[...])"
         )
+
+
+def _refuse_placeholders(recording: Recording, results: Any) -> None:
+    """A placeholder that was computed with: the value was not known to be used here."""
+    if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(results)):
+        raise CutError(
+            recording.stopped
+            or "the model used a value in this stage that it did not use when it was planned: it takes another way "
+            "from batch to batch; put the part that varies into a unit (units=[...])"
+        )
+
+
+def _checked(recording: Recording, outputs: Any) -> Any:
+    _refuse_placeholders(recording, outputs)
+    if not recording.withheld or outputs is None:
+        return outputs
+    leaves, tree = pytree.tree_flatten(outputs)
+    return pytree.tree_unflatten([None if n in recording.withheld else leaf for n, leaf in enumerate(leaves)], tree)
 
 
 def _same(one: Any, other: Any) -> bool:

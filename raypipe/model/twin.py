@@ -22,8 +22,9 @@ __all__ = ["Twin"]
 class Twin:
     """The fake copy of a model (or of its skeleton of husks).
 
-    Attributes: ``model``, ``units`` by name, ``switch`` of their calls, ``mode`` of all its fakes, ``parameters`` (name by
-    id, for every parameter), ``unit_parameters`` (names, by unit).
+    Attributes: ``model``, ``units`` by name, ``switch`` of their calls, ``mode`` of all its fakes, ``parameters`` (name
+    by id, for every parameter), ``buffers`` likewise, ``unit_parameters`` (names, by unit), ``parameter_memory`` (the
+    addresses of the parameters' storages).
     """
 
     def __init__(self, model: nn.Module, patterns: Sequence[str] | None = None) -> None:
@@ -41,6 +42,8 @@ class Twin:
             name: tuple(dict.fromkeys(self.parameters[id(p)] for p in unit.parameters()))
             for name, unit in self.units.items()
         }
+        self.buffers = {id(b): name for name, b in self.model.named_buffers()}
+        self.parameter_memory = {p.untyped_storage()._cdata for p in self.model.parameters()}
         self.switch: Switch = install(self.units)
 
     def fake(self, tensor: Tensor, *, parameter: bool = False) -> Tensor:

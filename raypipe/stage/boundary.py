@@ -1,7 +1,8 @@
 """What crosses between two chunks, worked out once per recording: shapes, gradients, memory layout.
 
-A message is contiguous. A transposed tensor (channels last, attention heads) goes in the order of its memory and is seen
-through its own strides again on the other side: kernels choose their path by strides, and equal strides give equal bits.
+A message is contiguous. A transposed tensor (channels last, attention heads) goes in the order of its memory and is
+seen through its own strides again on the other side: kernels choose their path by strides, and equal strides give equal
+bits.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ __all__ = ["StageOptimizer", "Update", "global_norm"]
 class Update:
     """What a step's end tells.
 
-    Attributes: ``norms``, float64 of shape [owned], each owned parameter's gradient norm before clipping; ``lr`` of each
-    parameter group in this step.
+    Attributes: ``norms``, float64 of shape [owned], each owned parameter's gradient norm before clipping; ``lr`` of
+    each parameter group in this step.
     """
 
     norms: Tensor
@@ -44,8 +44,8 @@ class StageOptimizer:
         divisor_rank: the rank that knows what gradients are divided by, or None where each backward did that.
 
     Raises:
-        TypeError: ``make`` returned no optimizer, or one that needs the whole model; ``make_scheduler`` one that needs a
-            metric.
+        TypeError: ``make`` returned no optimizer, or one that needs the whole model; ``make_scheduler`` one that needs
+            a metric.
     """
 
     def __init__(
@@ -146,7 +146,8 @@ def global_norm(gradients: Gradients, norms: list[Tensor]) -> float:
 def _norm(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         return torch.zeros(())
-    return torch.linalg.vector_norm(parameter.grad)
+    norm: Tensor = torch.linalg.vector_norm(parameter.grad)
+    return norm
 
 
 def _checked_optimizer(made: object) -> torch.optim.Optimizer:

@@ -89,8 +89,8 @@ class Slice:
             recording = record(self._twin, lambda model: self._caller.outputs(model, own))
             if len(recording.calls) != self._calls:
                 raise CutError(
-                    f"the model makes {len(recording.calls)} unit calls for this batch and made {self._calls} for the one "
-                    "it was planned with; put what varies into one unit with units=[...]"
+                    f"the model makes {len(recording.calls)} unit calls for this batch and made {self._calls} for the "
+                    "one it was planned with; put what varies into one unit with units=[...]"
                 )
             self._planned[key] = Planned(recording, recording.windows(self._cuts), boundaries(recording, self._cuts))
         return self._planned[key]

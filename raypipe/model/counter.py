@@ -1,0 +1,83 @@
+"""What a recorded event costs, whether it draws random numbers, and what to do where fakes know no answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import fake_tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["NEEDS_DATA", "Counter"]
+
+NEEDS_DATA = (
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.UnsupportedOperatorException,
+)
+"""FakeTensor's own exceptions: an error of the user's code is none of them."""
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the kernels of one event.
+
+    Args:
+        mode: of the fakes.
+        guess: run a kernel that needs data on stand-ins (inside of units: its owner checks what it guessed).
+
+    Attributes: ``flops``, by PyTorch's own formulas; ``drawn``, whether a kernel drew random numbers.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, mode: fake_tensor.FakeTensorMode, *, guess: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode, self._guess = mode, guess
+        self.flops = 0
+        self.drawn = False
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        # Compiled code (flex attention compiles itself) refuses to run under a mode that does not say this.
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            result = func(*args, **kwargs)
+        except Exception as error:
+            if not (_in_stand_in(error) or (self._guess and isinstance(error, NEEDS_DATA))):
+                raise
+            result = self._on_numbers(func, args, kwargs)
+        formula = flop_registry.get(getattr(func, "overloadpacket", None))
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        self.drawn |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        return result
+
+    def _on_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a kernel for real; an error of its own is then the true one."""
+        with _disable_current_modes():
+            args, kwargs = pytree.tree_map_only(fake_tensor.FakeTensor, _numbers, (args, kwargs))
+            result = func(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, self._mode.from_tensor, result)
+
+
+def _numbers(fake: Tensor) -> Tensor:
+    """Zeros; a mask that lets everything through."""
+    make = torch.ones if fake.dtype is torch.bool else torch.zeros
+    return make(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
+
+
+def _in_stand_in(error: Exception) -> bool:
+    """Whether a kernel's stand-in failed, which may know less than the kernel (no float32 in a grouped product)."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "torch._meta_registrations":
+            return True
+        trace = trace.tb_next
+    return False

@@ -1,0 +1,83 @@
+"""What goes on inside a unit while it is recorded: what it reads beside its arguments, and what it makes.
+
+A value that reaches a unit by an attribute or a closure is as good as an argument. A tensor that another unit made and
+did not return is refused: another stage would not have it. What depends on no value (a rotary table that the first
+block makes and all use) is nobody's secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from raypipe.model import refusals
+from raypipe.model.frames import user_line
+from raypipe.model.trees import tensors_in
+
+__all__ = ["Within", "maker_of"]
+
+
+class Within(TorchFunctionMode):
+    """Sees the torch functions of one unit call.
+
+    Args:
+        unit: its name.
+        mark: of the run.
+        given: the tensors that it was given, and whether each is a value.
+        values: numbers of the run's values, by the id of their tensors.
+        parameters: names of the parameters that are not the unit's own, by id.
+
+    Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments.
+    """
+
+    def __init__(
+        self,
+        unit: str,
+        mark: object,
+        given: Iterable[tuple[Tensor, bool]],
+        values: Mapping[int, int],
+        parameters: Mapping[int, str],
+        own: Iterable[str],
+    ) -> None:
+        super().__init__()
+        self._unit, self._mark = unit, mark
+        self._given = {id(tensor): is_value for tensor, is_value in given}
+        self._values, self._parameters, self._own = values, parameters, frozenset(own)
+        self._call = object()
+        self.uses: list[int] = []
+        self.parameters_used: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tainted = [self._is_value(tensor) for _, tensor in tensors_in((args, kwargs or {}))]
+        result = func(*args, **(kwargs or {}))
+        if any(tainted):
+            for _, tensor in tensors_in(result):
+                tensor._raypipe_maker = (self._mark, self._call, self._unit)  # type: ignore[attr-defined]
+        return result
+
+    def _is_value(self, tensor: Tensor) -> bool:
+        known = self._given.get(id(tensor))
+        if known is not None:
+            return known
+        if id(tensor) in self._parameters:
+            if self._parameters[id(tensor)] not in self._own:
+                self.parameters_used.append(self._parameters[id(tensor)])
+            return True
+        if id(tensor) in self._values:
+            self.uses.append(self._values[id(tensor)])
+            return True
+        maker = getattr(tensor, "_raypipe_maker", None)
+        if maker is None or maker[0] is not self._mark:
+            return False
+        if maker[1] is not self._call:
+            refusals.hidden(tensor, maker[2], self._unit, user_line())
+        return True
+
+
+def maker_of(tensor: Tensor, mark: object) -> str | None:
+    """The unit that made a tensor in this run, where it is known."""
+    maker = getattr(tensor, "_raypipe_maker", None)
+    return maker[2] if maker is not None and maker[0] is mark else None

@@ -1,0 +1,99 @@
+"""The pure parts of the benchmarks, which are run by hand: rows, their judgement, the page; and the models' shapes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.machine import machine
+from benchmarks.models import first_mean, gpt, gpt_batch, hoards, scales, sleepers, token_loss
+from benchmarks.ours import Steps
+from benchmarks.table import BEGIN, END, Row, Subject, counted, measured, page, render
+from raypipe.observe.events import Trace
+from raypipe.schedule import Action, Op
+
+
+def test_the_median_is_judged() -> None:
+    assert measured("w", [0.8, 0.9, 5.0], 0.9) == Row("w", "0.900 (0.800..5.000)", "at most 0.9", True)
+    assert measured("w", [0.8, 0.91, 5.0], 0.9).met is False
+    assert measured("w", [0.02], 0.05, "%") == Row("w", "2.00 % (2.00..2.00)", "at most 5 %", True)
+    assert measured("w", [1.0]).met is None
+
+
+def test_nothing_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="run at least one round"):
+        measured("w", [], 1.0)
+
+
+def test_a_count_is_judged_by_equality() -> None:
+    assert counted("w", (2, 1), (2, 1)).met is True
+    assert counted("w", (2, 2), (2, 1)).met is False
+
+
+def test_only_what_stands_between_the_markers_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    text = render([Subject("S", [counted("w", 1, 2)], [("profile", "body")])], "machine")
+    page(file, text)
+    page(file, text)
+    written = file.read_text()
+    assert written.startswith(f"before\n{BEGIN}\n\nmachine\n")
+    assert written.endswith(f"body\n```\n\n{END}\nafter\n")
+    assert "| w | 1 | exactly 2 | **no** |" in written
+    assert "old" not in written
+
+
+def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(f"{END}\n{BEGIN}\n")
+    with pytest.raises(ValueError, match="marker lines"):
+        page(tmp_path / "page.md", "text")
+
+
+def test_the_page_has_its_markers() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
+
+
+def test_the_machine_is_named() -> None:
+    assert f"PyTorch {torch.__version__}" in machine()
+
+
+def test_periods_gaps_and_handovers_come_from_the_traces() -> None:
+    """Two ranks, two steps of one microbatch: rank 1 waits for F, rank 0 for B; the gap is 1 on rank 0, 2 on rank 1."""
+
+    def step(at: float, late: float) -> list[Trace]:
+        one = Trace(
+            (Action(0, Op.FORWARD, 0), Action(0, Op.BACKWARD, 0)), _times(at, [(0, 0, 2), (2, 7.5, 9)]), at, at + 9, 1
+        )
+        two = Trace(
+            (Action(1, Op.FORWARD, 0), Action(1, Op.BACKWARD, 0)),
+            _times(at, [(0, 2.5, 4), (4, 4, 7)]),
+            at + late,
+            at + 8,
+            1,
+        )
+        return [one, two]
+
+    steps = Steps([step(0.0, 0.0), step(10.0, 0.0)])
+    assert steps.periods == [10.0, 9.0]
+    assert steps.gaps == [1.0, 2.0]
+    assert steps.handovers == [0.5, 0.5, 0.5, 0.5]
+    assert steps.action_s(Op.FORWARD) == [2.0, 1.5, 2.0, 1.5]
+
+
+def test_the_models_train() -> None:
+    tokens, targets = gpt_batch(samples=2, length=8, vocabulary=32)
+    token_loss(gpt(width=16, heads=2, blocks=1, vocabulary=32)(tokens), targets).backward()
+    for model in (sleepers(2, 0.0, 0.0, width=4), scales(2, width=4), hoards(3, 1)):
+        first_mean(model(torch.ones(1, 1)), torch.zeros(1)).backward()
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def _times(at: float, rows: list[tuple[float, float, float]]) -> np.ndarray:
+    return np.array(rows) + at

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from training import batches_of_tokens, gpt, trainer_of
+
+from raypipe.options import Options
+from raypipe.plan import Plan, make_plan
+
+
+def plan_of(model: nn.Module, stages: int, **options: Any) -> Plan:
+    return make_plan(model, Options(stages, backend="local", microbatches=4, **options), batches_of_tokens(1)[0])
+
+
+def test_every_weight_is_on_one_stage() -> None:
+    model = gpt()
+    plan = plan_of(model, 3)
+    held = [plan.held_by(stage) for stage in range(3)]
+    assert [name for names in held for name in names] == [name for name, _ in model.named_parameters()]
+    assert sum(len(plan.tensors_of(stage)) for stage in range(3)) == len(model.state_dict())
+    assert plan.gradients().owned == tuple(held)
+    assert plan.gradients().shared == {}
+
+
+def test_a_tied_weight_is_on_both_ends_and_counts_once() -> None:
+    plan = plan_of(gpt(tied=True), 3)
+    gradients = plan.gradients()
+    assert gradients.shared == {(0, 2): ("embedding.weight",)}
+    assert "embedding.weight" in gradients.owned[0]
+    assert not any("embedding.weight" in names or "head.weight" in names for names in gradients.owned[1:])
+    assert len(gradients.order) == len(set(gradients.order)) == sum(map(len, gradients.owned))
+    assert plan.wiring().groups == ((0, 2),)
+
+
+def test_neighbours_have_channels_both_ways() -> None:
+    assert plan_of(gpt(), 3).wiring().pairs == ((0, 1), (1, 0), (1, 2), (2, 1))
+    assert plan_of(gpt(), 1).wiring().pairs == ()
+
+
+def test_frozen_weights_have_no_gradients() -> None:
+    model = gpt()
+    model.embedding.requires_grad_(False)
+    gradients = plan_of(model, 2).gradients()
+    assert "embedding.weight" not in gradients.order
+    assert "embedding.weight" in plan_of(model, 2).held_by(0)
+
+
+def test_balance_decides_the_cuts() -> None:
+    assert plan_of(gpt(), 3, balance=[1, 4, 2]).partition.cuts == (1, 5)
+    by_weights = plan_of(gpt(layers=8), 4, balance="parameters")
+    sizes = [sum(t.numel() for t in by_weights.tensors_of(stage).values()) for stage in range(4)]
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+def test_the_optimizer_is_tried_with_each_stages_own_parameters_and_without_its_memory() -> None:
+    seen: list[dict[str, tuple[torch.Size, int]]] = []
+
+    def optimizer(parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        seen.append({name: (p.shape, p.untyped_storage().nbytes()) for name, p in parameters})
+        return torch.optim.AdamW(parameters, fused=True)
+
+    model = gpt()
+    plan = plan_of(model, 3, optimizer=optimizer)
+    assert [tuple(named) for named in seen] == [plan.held_by(stage) for stage in range(3)]
+    shapes = {name: (p.shape, 4) for name, p in model.named_parameters()}
+    assert {name: shape for named in seen for name, shape in named.items()} == shapes
+
+
+def test_a_plan_starts_nothing_and_needs_no_loss_for_a_prediction() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
+    batch = (torch.rand(4, 4), torch.rand(4, 4))
+    plan = make_plan(model, Options(2), batch, training=False)
+    assert plan.rule is None
+
+
+def test_a_plan_prints_as_a_table() -> None:
+    trainer = trainer_of(gpt(tied=True), 3, example=batches_of_tokens(1)[0], microbatches=4)
+    text = str(trainer.plan())
+    assert repr(trainer.plan()) == text
+    lines = text.splitlines()
+    assert lines[0].split("  ")[0] == "stage"
+    for word in ("units", "parameters", "weights", "forward FLOPs", "sends", "in flight"):
+        assert word in lines[0]
+    assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
+    assert [line.split()[-1] for line in lines[2:5]] == ["3", "2", "1"]
+    assert "embedding" in lines[2]
+    assert "head" in lines[4]
+    assert lines[5] == "shared: embedding.weight (chunks 0, 2)"
+    assert "3 stages, 4 microbatches of 8 samples" in lines[6]
+    assert "predicted bubble" in lines[6]
