@@ -26,7 +26,7 @@ GROWTH_BAR, STRANGER_BAR = 0.5, 0.05
 
 
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
-    """What a process holds beside activations or weights is known from one without; a peak does not vary with rounds."""
+    """A process without activations and weights shows what it holds beside them. Peaks do not vary: one run each."""
     _, bare = _observed("1f1b", functools.partial(scales, STAGES, 1), MICROBATCHES)
     in_flight, notes = {}, {}
     for schedule in ("1f1b", "gpipe"):

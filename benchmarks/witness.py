@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -17,6 +18,8 @@ __all__ = ["Note", "Witness", "read_witness", "witness"]
 Note = dict[str, Any]
 """Of one rank: ``names``, and bytes: ``weights``, ``parameters_here``, ``peak_building``, ``peak``."""
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
 
 class Witness(torch.optim.SGD):
     """SGD that changes nothing and notes, in a file of ``folder``, memory and weights of its process.
@@ -26,6 +29,7 @@ class Witness(torch.optim.SGD):
 
     def __init__(self, parameters: Any, folder: str) -> None:
         parameters = list(parameters)
+        _give_back_at_once()
         super().__init__([p for _, p in parameters], lr=0.0)
         self._folder = Path(folder)
         self._noted: Note = {
@@ -69,6 +73,15 @@ def _memory(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {key}; this benchmark needs Linux")
+
+
+def _give_back_at_once() -> None:
+    """From now on glibc maps every tensor of 256 KiB or more by itself.
+
+    By default it keeps what is freed for later, in pieces: the process's memory is then not that of what it holds.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 256 * 1024)
 
 
 def _parameter_bytes() -> int:

@@ -125,7 +125,8 @@ class StageStuck(StepError):
         self.stage, self.action, self.seconds, self.ranks = stage, action, seconds, ranks
         lines = "".join(f"\n  {line}" for line in ranks)
         super().__init__(
-            f"stage {stage} has been at action {action} for {seconds:.0f} s; raise step_timeout_s if that is normal{lines}"
+            f"stage {stage} has been at action {action} for {seconds:.0f} s; raise step_timeout_s if that is normal"
+            f"{lines}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from raypipe.data import Source, open_source
+from raypipe.data.adapters import OnceSource
+from raypipe.driver.resources import check_resources
 from raypipe.model.partition import check_balance
 from raypipe.model.weights import LossRule
 from raypipe.schedule import Schedule, build, names
@@ -69,6 +71,8 @@ class ScheduleMaker:
         made = self.given if isinstance(self.given, Schedule) else self.given(self.stages, microbatches)
         if not isinstance(made, Schedule):
             raise TypeError(f"schedule gave a {type(made).__name__}; it must return a raypipe.Schedule")
+        if isinstance(self.given, Schedule) and made.stages == self.stages and made.microbatches != microbatches:
+            made = _of_its_kind(made, microbatches)
         if (made.stages, made.microbatches) != (self.stages, microbatches):
             raise ValueError(
                 f"schedule {made.name!r} is for {made.stages} stages and {made.microbatches} microbatches, but this "
@@ -81,6 +85,13 @@ class ScheduleMaker:
                 "are not built yet; use one chunk a stage, such as '1f1b'"
             )
         return made
+
+
+def _of_its_kind(given: Schedule, microbatches: int) -> Schedule:
+    """The schedule of another number of microbatches, where the given one is one of those that have a name."""
+    if given.name in names() and build(given.name, given.stages, given.microbatches) == given:
+        return build(given.name, given.stages, microbatches)
+    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +137,7 @@ class Options:
             raise ValueError(f"batch_norm is {self.batch_norm!r}, but must be 'microbatch' or None")
         self._check_callables()
         self._check_schedule()
+        self._check_resources()
         check_balance(self.balance)
         if self.microbatch_weight is not None:
             LossRule.given(self.microbatch_weight)
@@ -140,6 +152,16 @@ class Options:
                 raise TypeError(f"{name} is {value!r}, but must be {hint if name == 'optimizer' else 'a callable'}")
         if not isinstance(self.metrics, Mapping) or not all(callable(metric) for metric in self.metrics.values()):
             raise TypeError(f"metrics is {self.metrics!r}, but must be a dict of callables metric(outputs, batch)")
+        if taken := sorted({"loss", "samples"} & set(self.metrics)):
+            raise ValueError(f"metrics has the name {taken[0]!r}, which evaluate gives by itself; choose another name")
+
+    def _check_resources(self) -> None:
+        asked = check_resources(self.resources_per_stage) or {}
+        if "GPU" in asked:
+            raise ValueError(
+                f"resources_per_stage={dict(asked)} asks for GPUs, but stages on GPUs are not built yet; leave 'GPU' out "
+                "to train on CPUs"
+            )
 
     def _check_schedule(self) -> None:
         if isinstance(self.schedule, str):
@@ -213,7 +235,13 @@ def opened_sources(datasets: object, evaluate_every: int | None) -> Mapping[str,
         raise TypeError(f"datasets is {got}, but must be a dict such as {{'train': source, 'valid': source}}")
     if evaluate_every is not None and "valid" not in datasets:
         raise ValueError(f"evaluate_every={evaluate_every} needs data to evaluate; give datasets={{'valid': ...}} too")
-    return {name: open_source(data) for name, data in datasets.items()}
+    sources = {name: open_source(data) for name, data in datasets.items()}
+    if evaluate_every is not None and isinstance(sources["valid"], OnceSource):
+        raise ValueError(
+            f"evaluate_every={evaluate_every}, but datasets['valid'] is an iterator that can be read once; give a list, "
+            "or a function that yields the batches"
+        )
+    return sources
 
 
 def not_yet(name: str, instead: str) -> NotImplementedError:

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from raypipe.checks import (
+    Changes,
+    refuse_changing_buffers,
+    refuse_foreign_random_numbers,
+    refuse_parameters_in_functions,
+    try_optimizers,
+)
 from raypipe.data.wire import Wire, pack, unpack
-from raypipe.errors import CutError
 from raypipe.model.build import Skeleton, make_skeleton
 from raypipe.model.call import Caller
-from raypipe.model.husk import names_of
-from raypipe.model.microbatch import BatchLayout, find_layout
+from raypipe.model.husk import names_of, replace_tensors
+from raypipe.model.microbatch import BatchLayout, LayoutCache, find_layout
 from raypipe.model.partition import Partition, partition
 from raypipe.model.probe import find_rule
 from raypipe.model.record import record
@@ -25,7 +31,6 @@ from raypipe.model.twin import Twin
 from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
 from raypipe.schedule import Schedule
-from raypipe.stage.optimizer import StageOptimizer
 from raypipe.stage.spec import Gradients, PipelineSpec
 from raypipe.stage.worker import StageWorker
 from raypipe.topology import Topology
@@ -134,6 +139,17 @@ class Plan:
         tensors = pack(self.tensors_of(self.topology.place(rank).stage))
         return functools.partial(_build, self.spec(), rank, tensors)
 
+    def admission(self) -> Callable[[Any], None]:
+        """A check of each batch on the driver, before it is queued: what is wrong with one must not end the ranks."""
+        layouts = LayoutCache(self.layout, self.options.batch_dims)
+        schedule = functools.cache(self.options.make_schedule)
+
+        def admit(batch: Any) -> None:
+            self.caller.check(batch)
+            schedule(min(layouts.find(batch).samples(batch), self.options.most_microbatches))
+
+        return admit
+
     def __str__(self) -> str:
         from raypipe.table import plan_table
 
@@ -157,6 +173,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         ValueError: there are more stages than units, or the model has BatchNorm in train mode.
         TypeError: ``optimizer`` or ``lr_scheduler`` gave what cannot be used.
     """
+    refuse_parameters_in_functions(options)
     caller = Caller(options.forward, options.loss)
     batch = unpack(pack(batch))
     layout = find_layout(batch, options.batch_dims)
@@ -169,10 +186,12 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         refuse_batch_norm(skeleton.model, options.most_microbatches, options.batch_norm)
     schedule = options.make_schedule(len(microbatches))
     twin = Twin(skeleton.model, options.units)
+    changes = Changes(twin.model)
     recording = _record(twin, caller, microbatches[0].batch)
     sizes = {name: p.numel() for name, p in names_of(model)[0].items()}
     cut = partition(recording, twin.unit_parameters, sizes, schedule.chunks, options.balance)
-    _refuse_shared_buffers(skeleton, cut)
+    if training:
+        refuse_changing_buffers(changes.names(), options, skeleton.unit_buffers, cut)
     rule = _find_rule(model, caller, batch, layout, options) if training else None
     plan = Plan(
         Topology(options.stages),
@@ -188,65 +207,27 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         model,
     )
     if training:
-        _try_optimizers(plan)
+        parameters = names_of(model)[0]
+        held = [
+            (plan.topology.rank(s), {name: parameters[name] for name in plan.held_by(s)}) for s in range(options.stages)
+        ]
+        try_optimizers(options, plan.gradients(), held)
     return plan
 
 
 def _record(twin: Twin, caller: Caller, batch: Any) -> Recording:
     own = pytree.tree_map_only(Tensor, torch.clone, batch)
-    return record(twin, lambda model: caller.outputs(model, own))
+    with refuse_foreign_random_numbers():
+        return record(twin, lambda model: caller.outputs(model, own))
 
 
 def _find_rule(model: nn.Module, caller: Caller, batch: Any, layout: BatchLayout, options: Options) -> LossRule:
-    """The probe runs in the modes of training."""
-    if model.training:
-        return find_rule(model, caller, batch, layout, options.microbatch_weight)
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        return find_rule(model, caller, batch, layout, options.microbatch_weight)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _try_optimizers(plan: Plan) -> None:
-    """Makes each rank's optimizer once on stand-ins, so that one that cannot be used is refused before anything starts.
-
-    Raises:
-        TypeError: it is of a kind that cannot be split.
-        ValueError: it works on other parameters than it was given. An exception of the user's code comes as itself.
-    """
-    options, gradients, parameters = plan.options, plan.gradients(), names_of(plan.model)[0]
-    for stage in range(plan.topology.stages):
-        held = {name: _stand_in(parameters[name]) for name in plan.held_by(stage)}
-        rank = plan.topology.rank(stage)
-        made = StageOptimizer(rank, held, gradients, options.optimizer, options.lr_scheduler, None, None).optimizer
-        given = {id(parameter) for parameter in held.values()}
-        groups = made.param_groups if made is not None else []
-        if any(id(parameter) not in given for group in groups for parameter in group["params"]):
-            raise ValueError(
-                "optimizer(named_parameters) made an optimizer of other parameters than it was given, so a stage would "
-                "not train its own; use its argument, as in lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)"
-            )
-
-
-def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter of the same shape, dtype and device on one element of memory."""
-    empty = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
-
-
-def _refuse_shared_buffers(skeleton: Skeleton, cut: Partition) -> None:
-    """A unit called in two chunks has its buffers on both; what changes one would not change the other."""
-    for unit, names in skeleton.unit_buffers.items():
-        chunks = [number for number, chunk in enumerate(cut.chunks) if unit in chunk.units]
-        changing = [name for name in names if "running_" in name or name.endswith("num_batches_tracked")]
-        if len(chunks) > 1 and changing:
-            raise CutError(
-                f"{unit} is called in chunks {chunks} and changes its buffer {changing[0]}, which would differ between "
-                "them; keep its calls in one chunk with balance=[...]"
-            )
+    """The probe runs in the modes of training, on a copy that shares the model's tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    copy = replace_tensors(model, {id(tensor): tensor for tensor in tensors})
+    if not copy.training:
+        copy.train()
+    return find_rule(copy, caller, batch, layout, options.microbatch_weight)
 
 
 def _build(spec: PipelineSpec, rank: int, tensors: Wire) -> StageWorker:

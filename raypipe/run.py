@@ -111,7 +111,7 @@ def start(plan: Plan) -> Gang:
 
     return launch(
         plan.topology,
-        [cloudpickle.dumps(plan.build_of(rank)) for rank in range(plan.topology.size)],
+        (cloudpickle.dumps(plan.build_of(rank)) for rank in range(plan.topology.size)),
         plan.wiring(),
         resources=options.resources_per_stage,
         step_timeout_s=options.step_timeout_s,

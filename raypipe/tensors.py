@@ -15,7 +15,7 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
 
     def empty(self) -> torch.Tensor:
         """A buffer for such a tensor."""

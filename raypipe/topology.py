@@ -49,6 +49,6 @@ class Topology:
         return Place(replica, stage, tensor)
 
     def label(self, rank: int) -> str:
-        """What a person reads: ``stage 2/4 · replica 0 · rank 5`` (stages counted from 1 of their number)."""
+        """What a person reads: ``stage 2/4 · replica 0 · rank 5`` (counted from 0, of their number)."""
         place = self.place(rank)
-        return f"stage {place.stage + 1}/{self.stages} · replica {place.replica} · rank {rank}"
+        return f"stage {place.stage}/{self.stages} · replica {place.replica} · rank {rank}"

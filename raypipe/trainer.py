@@ -165,9 +165,8 @@ class PipelineTrainer:
         epochs = 1 if steps is None and epochs is None else epochs
         source = self._sources["train"]
         with Feed(source, start=self._cursor, epochs=epochs, steps=steps, first_step=self._step) as feed:
-            first = _peek(feed, self._step)
+            controller = self._started(_peek(feed, self._step))
             self._results.open()
-            controller = self._started(first)
             run = Run(controller, self.plan(), self._results, self._evaluation(), steps)
             try:
                 return self._guarded(lambda: run.fit(feed))
@@ -288,7 +287,7 @@ class PipelineTrainer:
             self._close_gang()  # one that only predicted: it has trained nothing, and was told no rule of weights
         if self._controller is None:
             self._gang = start(self._plan)
-            self._controller = Controller(self._gang, self._plan.gradients())
+            self._controller = Controller(self._gang, self._plan.gradients(), self._plan.admission())
         return self._controller
 
     def _close_gang(self) -> None:
@@ -311,11 +310,18 @@ class PipelineTrainer:
         return self.evaluate if self._options.evaluate_every else None
 
     def _guarded(self, work: Callable[[], T]) -> T:
-        """Whatever fails ends the ranks, so that nothing is left behind."""
+        """A failure of the ranks, or Ctrl-C, ends them, so that nothing is left behind.
+
+        What was refused before it went to them leaves the trainer as it was, trained weights and all.
+        """
+        gang = self._gang
         try:
             return work()
-        except BaseException:
-            self.shutdown()
+        except BaseException as error:
+            if gang is not None and gang is self._gang:
+                stopped = not isinstance(error, (Exception, GeneratorExit))
+                if stopped or gang.failure is not None:
+                    self.shutdown()
             raise
 
 

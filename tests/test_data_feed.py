@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from raypipe.data import Cursor, Draw, Feed, open_source, parquet
 
@@ -160,3 +161,15 @@ def test_close_ends_the_thread_behind(tmp_path: Path) -> None:
 def test_bad_limits(limits: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="but it is a whole number from 0"):
         Feed(open_source([1]), start=Cursor(), **limits)
+
+
+def test_a_generator_that_fills_the_same_tensors_again_does_no_harm() -> None:
+    def batches():
+        buffer = torch.zeros(2)
+        for number in range(3):
+            yield {"x": buffer.fill_(number), "same": buffer}
+
+    with Feed(open_source(batches), start=Cursor(), epochs=1, steps=None) as feed:
+        drawn = [draw.batch for draw in feed]
+    assert [batch["x"].tolist() for batch in drawn] == [[0, 0], [1, 1], [2, 2]]
+    assert drawn[0]["x"] is drawn[0]["same"]

@@ -34,7 +34,7 @@ def hosted(worker: Worker) -> StageActor:
 
 
 def test_the_dashboard_shows_the_place() -> None:
-    assert repr(StageActor(TWO, 1, 5.0)) == "stage 2/2 · replica 0 · rank 1"
+    assert repr(StageActor(TWO, 1, 5.0)) == "stage 1/2 · replica 0 · rank 1"
 
 
 def test_a_step_runs_to_its_result() -> None:

@@ -52,6 +52,9 @@ class ToyGang:
             return [TrainReport(pending.step, 1, 1, float(batch), 1.0, np.zeros(0), (), TRACE)]
         return [ForwardReport(1, float(batch), 1.0, {})]
 
+    def drop(self, pending: Pending) -> None:
+        pass
+
     def close(self) -> None:
         self.log.append("closed")
 
@@ -77,7 +80,7 @@ def gang() -> ToyGang:
 
 @pytest.fixture
 def controller(gang: ToyGang) -> Controller:
-    return Controller(gang, Gradients(((),), ()))
+    return Controller(gang, Gradients(((),), ()), lambda batch: None)
 
 
 def test_one_step_is_queued_while_one_runs(gang: ToyGang, controller: Controller) -> None:

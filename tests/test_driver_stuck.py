@@ -32,9 +32,9 @@ def test_the_rank_at_its_own_action_is_named_not_those_that_wait_for_it() -> Non
     assert (rank, error.stage, error.action, error.seconds) == (1, 1, "1F2", 20)
     assert "stage 1 has been at action 1F2 for 20 s" in str(error)
     assert error.ranks == (
-        "stage 1/3 · replica 0 · rank 0: at 1F3 for 50 s, waits for rank 1",
-        "stage 2/3 · replica 0 · rank 1: at 1F2 for 20 s",
-        "stage 3/3 · replica 0 · rank 2: at 2F2 for 60 s, waits for rank 1",
+        "stage 0/3 · replica 0 · rank 0: at 1F3 for 50 s, waits for rank 1",
+        "stage 1/3 · replica 0 · rank 1: at 1F2 for 20 s",
+        "stage 2/3 · replica 0 · rank 2: at 2F2 for 60 s, waits for rank 1",
     )
 
 

@@ -21,7 +21,7 @@ def test_the_example_learns(tmp_path: Path) -> None:
     env = {**os.environ, "HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=580, check=False)
     assert done.returncode == 0, done.stderr
-    found = re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout)
+    found = re.search(r"loss (\d+\.\d+) -> (\d+\.\d+)", done.stdout)
     assert found, done.stdout
     assert 5.0 < float(found[1]) < 6.0
     assert float(found[2]) < 2.9

@@ -17,6 +17,7 @@ FLOORS = (  # from the top; a room imports from itself and from below, never bes
     {"trainer"},
     {"run"},
     {"plan"},
+    {"checks"},
     {"options"},
     {"driver"},
     {"stage"},

@@ -30,7 +30,7 @@ def run_of(evaluate: Any = None, **options: Any) -> tuple[Run, Results]:
     gang = start(plan)
     assert isinstance(gang, LocalGang)
     results = Results(None, 2)
-    return Run(Controller(gang, plan.gradients()), plan, results, evaluate, None), results
+    return Run(Controller(gang, plan.gradients(), plan.admission()), plan, results, evaluate, None), results
 
 
 def feed(epochs: int = 1) -> Feed:

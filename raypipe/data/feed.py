@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import numpy
+import torch
+from torch.utils import _pytree as pytree
+
 from raypipe.data.cursor import Cursor, Source
 
 __all__ = ["Draw", "Feed"]
@@ -127,7 +131,9 @@ class Feed(Iterator[Draw]):
         try:
             if self._reader is None:
                 self._reader = iter(self._source.epoch(self._cursor))
-            self._ahead = next(self._reader, None)
+            found = next(self._reader, None)
+            # A copy: a generator may fill the same tensors again for its next batch, and that is read before this goes.
+            self._ahead = None if found is None else (_copied(found[0]), found[1])
         except Exception as error:
             self._failure = error
             return True
@@ -148,6 +154,20 @@ class Feed(Iterator[Draw]):
         self._reader = None
         if close is not None:
             close()
+
+
+def _copied(batch: Any) -> Any:
+    """The batch with tensors and arrays of its own; one that stands in it twice stays one."""
+    copies: dict[int, Any] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, (torch.Tensor, numpy.ndarray)):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf.copy()
+        return copies[id(leaf)]
+
+    return pytree.tree_map(copy, batch)
 
 
 def _empty(cursor: Cursor) -> str:

@@ -16,7 +16,7 @@ from raypipe.data import Draw
 from raypipe.data.wire import pack, unpack
 from raypipe.driver.gang import Gang, Pending
 from raypipe.driver.metrics import average, step_metrics, tokens_in
-from raypipe.errors import StageError
+from raypipe.errors import BatchError, StageError
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.spec import Gradients
 
@@ -34,14 +34,15 @@ class Controller:
     Args:
         gang: the ranks.
         gradients: whose gradients are whose, for the global norm.
+        admit: raises where a batch cannot be run; asked before a batch goes to the ranks, which a bad one would end.
 
     Attributes:
         reports: of the last step that was taken, by rank.
         step: number of the next step.
     """
 
-    def __init__(self, gang: Gang, gradients: Gradients) -> None:
-        self._gang, self._gradients = gang, gradients
+    def __init__(self, gang: Gang, gradients: Gradients, admit: Callable[[Any], None]) -> None:
+        self._gang, self._gradients, self._admit = gang, gradients, admit
         self.reports: list[TrainReport] = []
         self.step = 0
 
@@ -81,7 +82,11 @@ class Controller:
                 raise data_error(error, number) from None
             if draw is None:
                 break
-            pending = self._gang.train_step(draw.step, self._gang.put(pack(draw.batch)))
+            try:
+                pending = self._gang.train_step(draw.step, self._put(draw.batch))
+            except BatchError:
+                take(0)
+                raise
             queued.append((draw, tokens_in(draw.batch), pending))
             pause = draw.last or pause_after(draw)
             take(0 if pause else AHEAD)
@@ -91,7 +96,7 @@ class Controller:
 
     def train_step(self, batch: Any) -> dict[str, Any]:
         """One step on the user's own batch."""
-        pending = self._gang.train_step(self.step, self._gang.put(pack(batch)))
+        pending = self._gang.train_step(self.step, self._put(batch))
         return self._metrics(pending, tokens_in(batch))
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, Any]:
@@ -112,12 +117,20 @@ class Controller:
 
     def _forwards(self, batches: Iterable[Any], kind: str) -> Iterator[ForwardReport]:
         queued: deque[Pending] = deque()
-        for batch in _read(batches, self.step):
-            queued.append(self._gang.forward_step(self.step, self._gang.put(pack(batch)), kind))
-            if len(queued) > AHEAD:
+        try:
+            for batch in _read(batches, self.step):
+                queued.append(self._gang.forward_step(self.step, self._put(batch), kind))
+                if len(queued) > AHEAD:
+                    yield self._gang.wait(queued.popleft())[-1]
+            while queued:
                 yield self._gang.wait(queued.popleft())[-1]
-        while queued:
-            yield self._gang.wait(queued.popleft())[-1]
+        finally:  # the caller may have enough
+            for pending in queued:
+                self._gang.drop(pending)
+
+    def _put(self, batch: Any) -> Any:
+        self._admit(batch)
+        return self._gang.put(pack(batch))
 
     def _metrics(self, pending: Pending, tokens: int | None) -> dict[str, Any]:
         self.reports = self._gang.wait(pending)

@@ -59,5 +59,8 @@ class Gang(Protocol):
                 later ``wait`` raises the same again.
         """
 
+    def drop(self, pending: Pending) -> None:
+        """Lets go of a call whose results nobody will take."""
+
     def close(self) -> None:
         """Ends every rank and gives back what it holds. May be called twice."""

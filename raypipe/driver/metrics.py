@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,10 +51,11 @@ def average(reports: Sequence[ForwardReport]) -> dict[str, Any]:
         reports: of the last stage, one a batch.
     """
     weight = sum(report.weight for report in reports)
+    losses = [report.loss * report.weight for report in reports if report.loss is not None and report.weight]
     samples = sum(report.samples for report in reports)
     names = reports[0].metrics or {}
     return {
-        "loss": sum((report.loss or 0.0) * report.weight for report in reports) / weight,
+        "loss": sum(losses) / weight if weight else math.nan,
         "samples": samples,
         **{name: sum((r.metrics or {})[name] * r.samples for r in reports) / samples for name in names},
     }

@@ -14,11 +14,12 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from raypipe.driver.actors import outcome_of
-from raypipe.driver.cluster import Session, check_resources, start_ray
+from raypipe.driver.cluster import Session, start_ray
 from raypipe.driver.failure import explains, first_cause
 from raypipe.driver.gang import Pending
 from raypipe.driver.interrupts import hold_interrupts
 from raypipe.driver.lifecycle import start_actors, tear_down
+from raypipe.driver.resources import check_resources
 from raypipe.driver.room import default_resources, reserve
 from raypipe.driver.status import Failed, GroupStatus, Outcome, Running
 from raypipe.driver.stuck import find_stuck
@@ -135,9 +136,7 @@ class RayGang:
             self._submit(
                 0,
                 "start",
-                lambda actor, rank: actor.start.remote(
-                    stored[rank], host, port, infos[rank].ip, wiring, path
-                ),
+                lambda actor, rank: actor.start.remote(stored[rank], host, port, infos[rank].ip, wiring, path),
             )
         )
 
@@ -173,6 +172,10 @@ class RayGang:
             for line in status.others(first_cause(status)):
                 logger.warning("after the failure below, %s", line)
         raise first_cause(self._failure) from None
+
+    def drop(self, pending: Pending) -> None:
+        """Lets go of what a call returns, whenever it ends."""
+        self._untaken.difference_update(pending.calls)
 
     def close(self) -> None:
         """Ends the actors, frees their room, and ends Ray where the gang started it."""

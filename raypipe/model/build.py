@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from raypipe.model.husk import Husk, husk_of, names_of, replace_tensors
 from raypipe.model.units import find_units
@@ -27,6 +29,32 @@ class Skeleton:
 
     model: nn.Module
     unit_buffers: Mapping[str, tuple[str, ...]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        buffer = io.BytesIO()
+        _Pickler(buffer).dump(self.model)
+        return _rebuild_skeleton, (buffer.getvalue(), self.unit_buffers)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Also takes parametrized modules (weight norm), which refuse to be pickled: their class is made at run time."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, nn.Module) and type(thing).__name__ == f"Parametrized{type(thing).__bases__[0].__name__}":
+            return _new_parametrized, (type(thing).__bases__[0], tuple(thing.parametrizations)), thing.__dict__
+        return super().reducer_override(thing)
+
+
+def _new_parametrized(base: type[nn.Module], names: Iterable[str]) -> nn.Module:
+    module = base.__new__(base)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _rebuild_skeleton(model: bytes, unit_buffers: Mapping[str, tuple[str, ...]]) -> Skeleton:
+    return Skeleton(pickle.loads(model), unit_buffers)
 
 
 def make_skeleton(model: nn.Module, patterns: Sequence[str] | None = None) -> Skeleton:

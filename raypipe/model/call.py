@@ -50,20 +50,28 @@ class Caller:
         Raises:
             BatchError: the batch is neither a mapping nor a pair, and there is no ``forward``.
         """
+        self.check(batch)
         if self.forward is not None:
             return self.forward(model, batch)
         if isinstance(batch, Mapping):
             return model(**batch)
-        if not _is_pair(batch):
-            raise BatchError(
-                f"the batch is {_kind(batch)}, but must be a dict for model(**batch) or a pair (inputs, targets); "
-                "give forward(model, batch) to call the model in another way"
-            )
         inputs = batch[0]
         # A DataLoader's collation turns a sample's tuple of inputs into a list, as it does the pair itself.
         if isinstance(inputs, tuple) or (isinstance(inputs, list) and isinstance(batch, list)):
             return model(*inputs)
         return model(inputs)
+
+    def check(self, batch: Any) -> None:
+        """Refuses a batch of an unknown kind.
+
+        Raises:
+            BatchError: the batch is neither a mapping nor a pair, and there is no ``forward``.
+        """
+        if self.forward is None and not isinstance(batch, Mapping) and not _is_pair(batch):
+            raise BatchError(
+                f"the batch is {_kind(batch)}, but must be a dict for model(**batch) or a pair (inputs, targets); "
+                "give forward(model, batch) to call the model in another way"
+            )
 
     def loss_of(self, outputs: Any, batch: Any) -> Tensor:
         """The loss of a batch, a tensor of shape [].

@@ -50,7 +50,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             result = func(*args, **kwargs)
         except Exception as error:
-            if not (_in_stand_in(error) or (self._guess and isinstance(error, NEEDS_DATA))):
+            if not (self._guess if isinstance(error, NEEDS_DATA) else _in_stand_in(error)):
                 raise
             result = self._on_numbers(func, args, kwargs)
         formula = flop_registry.get(getattr(func, "overloadpacket", None))

@@ -201,8 +201,8 @@ def _known_dims(known: BatchLayout | None) -> dict[tuple[str, int | None], int |
 
 
 def _cut(leaf: Any, dim: int | None, first: int, size: int) -> Any:
-    if dim is None:
-        return leaf
+    if dim is None:  # a copy: what one microbatch writes into it, the next must not see
+        return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
     if isinstance(leaf, torch.Tensor):
         return leaf.narrow(dim, first, size)
     return leaf[(*[slice(None)] * dim, slice(first, first + size))] if dim else leaf[first : first + size]

@@ -75,11 +75,17 @@ class Mutation:
 class Event:
     """One event.
 
-    Attributes: ``name`` (the unit's, or the function's); ``call``, the number of the unit call or None; ``uses``,
-    numbers of the values it reads; ``parameters``, names of those that it reads outside of their units (and of units that it
-    calls inside); ``leaves`` and ``tree`` of its result; ``mutations``; ``flops`` of the forward, where counted;
-    ``where``, the line of the user's code; ``random``, whether it is a function that draws random numbers; ``region``,
-    equal for events of one checkpointed call, or None.
+    Attributes:
+        name: the unit's, or the function's.
+        call: the number of the unit call, or None.
+        uses: numbers of the values that it reads.
+        parameters: names of those that it reads outside of their units, and of those of units that it calls inside.
+        leaves: of its result, whose structure is ``tree``.
+        mutations: what it changes in place.
+        flops: of the forward.
+        where: the line of the user's code.
+        random: whether it is a function that draws random numbers.
+        region: equal for events of one checkpointed call, or None.
     """
 
     name: str

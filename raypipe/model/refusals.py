@@ -76,16 +76,16 @@ def changes_buffer(buffer: str, name: str, line: str) -> NoReturn:
 def changes_parameter(name: str, line: str) -> NoReturn:
     """A parameter that is clamped in the forward, on one of its holders."""
     raise CutError(
-        f"{name} at {line} changes a parameter in place outside of its unit, but several stages may hold a copy; change "
-        "it inside its own module, or compute with a changed copy"
+        f"{name} at {line} changes a parameter in place outside of its unit, but several stages may hold a copy; "
+        "change it inside its own module, or compute with a changed copy"
     )
 
 
 def foreign_buffer(buffer: str, user: str, line: str) -> NoReturn:
     """A unit's buffer that is read from outside."""
     raise CutError(
-        f"{user} at {line} reads the buffer {buffer} outside of its unit, but only the unit's stage has it; compute with "
-        "it inside of its own module, or make both ends one unit with units=[...]"
+        f"{user} at {line} reads the buffer {buffer} outside of its unit, but only the unit's stage has it; compute "
+        "with it inside of its own module, or make both ends one unit with units=[...]"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -68,7 +68,7 @@ def replay(
             f"the model's forward ended at event {run.event} ({run.name(run.event)} was next when it was planned): it "
             "takes another way from batch to batch; put the part that varies into a unit (units=[...])"
         )
-    return run.live_outputs(), _checked(recording, outputs)
+    return run.live_outputs(), run.checked(outputs)
 
 
 class _Replay(Watch):
@@ -109,7 +109,8 @@ class _Replay(Watch):
                     "shape depends on the data; put its maker and its users into one unit with units=[...]"
                 )
             outputs.append(tensor)
-        _refuse_placeholders(self.recording, outputs)
+        if FakeTensor in map(type, outputs):
+            self._refuse_placeholder()
         return outputs
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,6 +121,8 @@ class _Replay(Watch):
             if self.event < self.window.start:
                 pass_by()
                 return self._answer(event, args, kwargs)
+            if any(type(tensor) is FakeTensor for _, tensor in tensors_in((args, kwargs))):
+                self._refuse_placeholder()
             result = run_keyed(lambda: call(*args, **kwargs))
             return self._made(event, result, args, kwargs)
 
@@ -133,6 +136,8 @@ class _Replay(Watch):
                 if event.random:
                     pass_by()
                 return self._answer(event, args, kwargs)
+            if FakeTensor in map(type, args):
+                self._refuse_placeholder()
             result = run_keyed(lambda: func(*args, **kwargs)) if event.random else func(*args, **kwargs)
             return self._made(event, result, args, kwargs)
         result = func(*args, **kwargs)
@@ -203,29 +208,32 @@ class _Replay(Watch):
         if value in self.wanted:
             self.live[value] = tensor
 
+    def checked(self, outputs: Any) -> Any:
+        """What the forward returned, without what units of other stages filled out of sight."""
+        if outputs is None:
+            return None
+        leaves, tree = pytree.tree_flatten(outputs)
+        if FakeTensor in map(type, leaves):
+            self._refuse_placeholder()
+        if not self.recording.withheld:
+            return outputs
+        return pytree.tree_unflatten(
+            [None if number in self.recording.withheld else leaf for number, leaf in enumerate(leaves)], tree
+        )
+
+    def _refuse_placeholder(self) -> NoReturn:
+        """A value is used that was not known to be used here, so it never came."""
+        raise CutError(
+            self.recording.stopped
+            or "the model used a value in this stage that it did not use when it was planned: it takes another way "
+            "from batch to batch; put the part that varies into a unit (units=[...])"
+        )
+
     def _another_way(self, name: str) -> str:
         return (
             f"the model calls {name} where {self.name(self.event)} came when it was planned: it takes another way from "
             "batch to batch; put the part that varies into a unit (units=[...])"
         )
-
-
-def _refuse_placeholders(recording: Recording, results: Any) -> None:
-    """A placeholder that was computed with: the value was not known to be used here."""
-    if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(results)):
-        raise CutError(
-            recording.stopped
-            or "the model used a value in this stage that it did not use when it was planned: it takes another way "
-            "from batch to batch; put the part that varies into a unit (units=[...])"
-        )
-
-
-def _checked(recording: Recording, outputs: Any) -> Any:
-    _refuse_placeholders(recording, outputs)
-    if not recording.withheld or outputs is None:
-        return outputs
-    leaves, tree = pytree.tree_flatten(outputs)
-    return pytree.tree_unflatten([None if n in recording.withheld else leaf for n, leaf in enumerate(leaves)], tree)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -41,14 +41,7 @@ def in_process(model: nn.Module, caller: Caller) -> Observe:
         # The model may write into its batch, and the pieces are views of the joined one.
         own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
         with _shaken(model, shaken), quiet(model), Denominators(faked) as seen:
-            try:
-                loss = caller.loss_of(caller.outputs(model, own), own)
-            except Exception as error:
-                error.add_note(
-                    "raised while up to three samples were run to find how microbatches weigh; "
-                    "give microbatch_weight to do without that"
-                )
-                raise
+            loss = caller.loss_of(caller.outputs(model, own), own)
             return Observed(float(loss), seen.values())
 
     return observe

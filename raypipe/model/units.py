@@ -74,6 +74,8 @@ def _walk(module: nn.Module, name: str, units: dict[str, nn.Module], chosen: set
 def _is_unit(module: nn.Module, chosen: set[int] | None) -> bool:
     if chosen is not None:
         return id(module) in chosen or not any(id(inner) in chosen for inner in module.modules())
+    if isinstance(module, nn.ModuleDict):
+        return False  # nobody calls it
     return not any(_is_list(inner) and _has_parameters(inner) for inner in module.modules())
 
 

@@ -1,6 +1,6 @@
 """Real tensors that a value was written into: buffers of zeros, masks that a unit changes in place.
 
-Plain code made them, so they are real; from then on what they hold is known to one stage only, and a fake stands for them.
+Plain code made them, so they are real; from then on one stage alone knows what they hold, and a fake stands for them.
 """
 
 from __future__ import annotations

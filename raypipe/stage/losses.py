@@ -6,6 +6,7 @@ are divided once, at the step's end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,10 +75,10 @@ class Losses:
         weighted = [w * float(self._losses[number]) for number, w in enumerate(weights) if w]
         return sum(weighted) / self._rule.total(weights)
 
-    @property
-    def weight(self) -> float:
-        """The weight of the whole batch among batches, for averages over several."""
-        return self._rule.total(self._ordered_weights())
+    def evaluated(self) -> tuple[float, float]:
+        """The whole batch's loss and its weight among batches; NaN and 0 for a batch without a valid target."""
+        weights = self._ordered_weights()
+        return (self.loss(), self._rule.total(weights)) if any(weights) else (math.nan, 0.0)
 
     def _ordered_weights(self) -> list[float]:
         return [self._weights[number] for number in range(len(self._microbatches))]

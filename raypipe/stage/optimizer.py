@@ -82,12 +82,9 @@ class StageOptimizer:
         norms = torch.stack([_norm(p) for p in self._owned]).double() if self._owned else torch.zeros(0).double()
         scale = 1.0
         if any(self._lengths):
-            told = [torch.tensor([divisor]).double()] if self._rank == self._divisor_rank else []
-            vector = (
-                torch.cat([*told, *([norms] if self._max_norm is not None else [])])
-                if told or self._max_norm
-                else norms[:0]
-            )
+            told = [float(divisor)] if self._rank == self._divisor_rank else []
+            counted = norms if self._max_norm is not None else norms[:0]
+            vector = torch.cat([torch.tensor(told, dtype=torch.float64), counted])
             handle = transport.all_gather(vector, self._lengths)
             yield handle
             scale = self._scale(handle.result())
@@ -105,8 +102,9 @@ class StageOptimizer:
             gathered = [v[1:] if rank == self._divisor_rank else v for rank, v in enumerate(gathered)]
         if self._max_norm is None:
             return 1.0 / divisor
-        total = global_norm(self._gradients, gathered) / divisor
-        return min(1.0, self._max_norm / (total + 1e-6)) / divisor
+        coefficient = self._max_norm / (global_norm(self._gradients, gathered) / divisor + 1e-6)
+        # Not min(1, ...): a NaN must reach every stage's gradients, as clip_grad_norm_ has it.
+        return (1.0 if coefficient >= 1.0 else coefficient) / divisor
 
     def _reduce_shared(self, transport: Transport) -> RankWork[None]:
         for ranks, names in self._gradients.shared.items():

@@ -29,6 +29,10 @@ from raypipe.stage.boundary import Boundary, boundaries
 __all__ = ["Planned", "Slice", "signature"]
 
 
+KEPT = 256
+"""How many signatures a rank remembers: more lengths than a run has, and a bound for batches that never look alike."""
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """What is known of all microbatches of one signature: events, chunks, and what crosses between them."""
@@ -83,7 +87,10 @@ class Slice:
     def planned(self, batch: Any) -> Planned:
         """What is known of a microbatch of this signature, in the present mode and grad mode."""
         key = (signature(batch), self._training, torch.is_grad_enabled())
-        if key not in self._planned:
+        known = self._planned.pop(key, None)
+        if known is not None:
+            self._planned[key] = known  # the most recently used stand last
+        else:
             # The twin's forward may change its microbatch in place.
             own = pytree.tree_map_only(Tensor, torch.clone, batch)
             recording = record(self._twin, lambda model: self._caller.outputs(model, own))
@@ -93,6 +100,8 @@ class Slice:
                     "one it was planned with; put what varies into one unit with units=[...]"
                 )
             self._planned[key] = Planned(recording, recording.windows(self._cuts), boundaries(recording, self._cuts))
+            if len(self._planned) > KEPT:
+                del self._planned[next(iter(self._planned))]
         return self._planned[key]
 
     def run(
@@ -115,7 +124,11 @@ class Slice:
 
 
 def signature(batch: Any) -> tuple[Any, ...]:
-    """What a recording depends on: the tree, the shapes and dtypes of tensors, and every other leaf itself."""
+    """What a recording depends on: the tree, the shapes and dtypes of tensors, and every other leaf itself.
+
+    Of a string only that it is one: the strings of a batch (names, prompts) differ from sample to sample. A model that
+    branches on them takes another way than in its recording, and the replay says so.
+    """
     leaves, tree = pytree.tree_flatten(batch)
     described = tuple(
         (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else _hashable(leaf) for leaf in leaves
@@ -124,6 +137,8 @@ def signature(batch: Any) -> tuple[Any, ...]:
 
 
 def _hashable(leaf: Any) -> Any:
+    if isinstance(leaf, str):
+        return str
     try:
         hash(leaf)
     except TypeError:

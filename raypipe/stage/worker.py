@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from raypipe.transport.base import Transport
 
 __all__ = ["StageWorker"]
 
+T = TypeVar("T")
+
 
 class StageWorker:
     """A rank. See ``stage.protocol.Worker`` for its calls.
@@ -49,7 +51,8 @@ class StageWorker:
         self._activity = Activity()
         self._layouts = LayoutCache(spec.layout, spec.batch_dims)
         self._slice = Slice(spec.skeleton, tensors, spec.units, spec.cuts, spec.calls, spec.caller)
-        last = self._ranks[spec.topology.stages - 1]
+        placement = spec.schedule(spec.microbatches)
+        last = self._ranks[placement.stage_of(placement.chunks - 1)]
         with self._reported(-1, "optimizer"):
             self._optimizer = StageOptimizer(
                 rank,
@@ -72,6 +75,7 @@ class StageWorker:
     def train_step(self, step: int, batch: Wire) -> RankWork[TrainReport]:
         """One step on a batch; the whole replica's."""
         with self._reported(step, "batch"):
+            self._activity.set(step, "batch")
             self._slice.set_training(True)
             microbatches = self._cut(unpack(batch))
             losses = Losses(self._spec.rule, self._spec.caller, microbatches)
@@ -82,9 +86,9 @@ class StageWorker:
         with self._reported(step, "optimizer"):
             self._activity.set(step, "optimizer")
             divisor = losses.total() if self._is_last else 1.0
-            update = yield from self._optimizer.finish(self._channels(), divisor)
+            update = yield from self._waiting(self._optimizer.finish(self._channels(), divisor), step)
             loss = losses.loss() if self._is_last else None
-            yield self._channels().flush()
+            yield from self._waiting(self._flush(), step)
         trace = recorder.trace()
         self._activity.set(step, "idle")
         return TrainReport(
@@ -101,6 +105,7 @@ class StageWorker:
     def forward_step(self, step: int, batch: Wire, kind: str) -> RankWork[ForwardReport]:
         """Forwards only, in eval mode, without gradients; nothing of the training state changes."""
         with self._reported(step, "batch"):
+            self._activity.set(step, "batch")
             self._slice.set_training(False)
             own = unpack(batch)
             microbatches = self._cut(own)
@@ -114,12 +119,19 @@ class StageWorker:
             if self._is_last:
                 outputs = [computer.outputs[number] for number in range(len(microbatches))]
                 report = self._reported_outputs(own, microbatches, outputs, losses)
-            yield self._channels().flush()
+            yield from self._waiting(self._flush(), step)
         self._activity.set(step, "idle")
         return report
 
     def state(self) -> Wire:
         """Every parameter and buffer that this rank holds, by name, as ``data.wire`` packs it."""
+        self._activity.set(self._activity.progress().step, "state")
+        try:
+            return self._packed_state()
+        finally:
+            self._activity.set(self._activity.progress().step, "idle")
+
+    def _packed_state(self) -> Wire:
         return pack({name: tensor.clone() for name, tensor in held_state(self._slice.model).items()})
 
     def progress(self) -> Progress:
@@ -130,6 +142,22 @@ class StageWorker:
         """Closes its channels, so that its neighbours fail at once."""
         if self._transport is not None:
             self._transport.close()
+
+    def _flush(self) -> RankWork[None]:
+        yield self._channels().flush()
+
+    def _waiting(self, work: RankWork[T], step: int) -> RankWork[T]:
+        """Passes the work's handles on; while one is out, this rank waits for others and is not the stuck one."""
+        while True:
+            try:
+                handle = next(work)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+            # A collective waits for whoever is missing; that some rank is waited for is all that is asked.
+            peer = next((rank for rank in self._ranks.values() if rank != self._rank), self._rank)
+            self._activity.set(step, "optimizer", waits_for=handle.source if handle.source is not None else peer)
+            yield handle
+            self._activity.set(step, "optimizer")
 
     def _cut(self, batch: Any) -> list[Microbatch]:
         return self._layouts.find(batch).split(batch, self._spec.microbatches)
@@ -154,7 +182,7 @@ class StageWorker:
         if self._spec.metrics:
             joined = join_outputs(outputs, samples)
             metrics = {name: float(metric(joined, batch)) for name, metric in self._spec.metrics.items()}
-        return ForwardReport(sum(samples), losses.loss(), losses.weight, metrics)
+        return ForwardReport(sum(samples), *losses.evaluated(), metrics)
 
     @contextmanager
     def _reported(self, step: int, word: str) -> Generator[None]:

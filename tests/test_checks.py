@@ -1,0 +1,104 @@
+"""Each thing that would train something else in silence is refused, and its harmless neighbour is not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raypipe import PipelineTrainer
+from raypipe.errors import CutError
+
+
+class Toy(nn.Module):
+    """Two linear units, and something extra between them."""
+
+    def __init__(self, extra: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.one, self.two, self.extra = nn.Linear(4, 4), nn.Linear(4, 3), extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.extra(self.one(x)))
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean that only evaluation uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return x
+
+
+def trainer(model: nn.Module, **options: Any) -> PipelineTrainer:
+    batch = torch.randn(6, 4), torch.randint(3, (6,))
+    settings = {"loss": F.cross_entropy, "microbatches": 3, "backend": "local", "quiet": True, "example": batch}
+    if isinstance(model, Toy):
+        settings["units"] = ["one", "two"]
+    return PipelineTrainer(model, 2, **{**settings, **options})
+
+
+def test_a_loss_that_trains_the_model_behind_the_stages_back_is_refused() -> None:
+    model = Toy()
+
+    def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) + sum((p**2).sum() for p in model.parameters())
+
+    with pytest.raises(ValueError, match="loss refers to a parameter that requires a gradient"):
+        trainer(model, loss=penalised)
+
+
+def test_a_loss_with_weights_of_its_own_is_refused_and_a_frozen_teacher_is_not() -> None:
+    teacher = nn.Linear(4, 3)
+
+    def distilled(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs, teacher(torch.ones(len(outputs), 4)))
+
+    with pytest.raises(ValueError, match=r"freeze it by requires_grad_\(False\)"):
+        trainer(Toy(), loss=distilled)
+    teacher.requires_grad_(False)
+    trainer(Toy(), loss=distilled)
+
+
+def test_a_metric_over_the_model_is_refused() -> None:
+    model = Toy()
+    with pytest.raises(ValueError, match=r"metrics\['norm'\] refers to a parameter"):
+        trainer(model, metrics={"norm": lambda outputs, batch: model.one.weight.norm()})
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"), [(random.random, "random"), (lambda: float(numpy.random.rand()), r"numpy\.random")]
+)
+def test_a_forward_that_draws_elsewhere_than_from_torch_is_refused(draw: Callable[[], float], name: str) -> None:
+    with pytest.raises(CutError, match=f"draws from {name}"):
+        trainer(Toy(lambda x: x * draw()))
+    trainer(Toy(lambda x: x * torch.rand(1)))
+
+
+def test_a_buffer_that_each_microbatch_would_change_is_refused_unless_that_is_accepted() -> None:
+    model = nn.Sequential(Averaging(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="the forward changes the buffer 0.mean"):
+        trainer(model)
+    trainer(model, batch_norm="microbatch")
+    trainer(model, microbatches=1)
+    model[0].eval()  # the root stays in train mode
+    trainer(model)
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    model = Toy()
+    with pytest.raises(ValueError, match="made an optimizer of other parameters"):
+        trainer(model, optimizer=lambda parameters: torch.optim.SGD(model.parameters(), lr=0.1))
