@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import subprocess
 import sys
 import time
@@ -559,3 +560,76 @@ def test_the_help_names_every_argument() -> None:
     text = inspect.getdoc(PipelineTrainer) or ""
     for name in inspect.signature(PipelineTrainer).parameters:
         assert f"{name}:" in text, name
+
+
+class Scaled(nn.Module):
+    """Doubles a tensor that every microbatch shares, in place, before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 1)])
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        scale.mul_(2)
+        for layer in self.layers:
+            x = layer(x)
+        return (x * scale).pow(2).mean()
+
+
+def pairs(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(samples)
+    return torch.randn(samples, 4, generator=generator), torch.randint(3, (samples,), generator=generator)
+
+
+def classifier(**options: Any) -> PipelineTrainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    settings = {"loss": nn.functional.cross_entropy, "microbatches": 4, "backend": "local", "quiet": True}
+    return PipelineTrainer(model, 2, **{**settings, **options})
+
+
+def test_what_a_microbatch_writes_into_a_shared_tensor_the_next_does_not_see() -> None:
+    batch = {"x": torch.randn(8, 4), "scale": torch.tensor(0.5)}
+    losses = []
+    for microbatches in (1, 2, 4):
+        torch.manual_seed(0)
+        with PipelineTrainer(Scaled(), 2, microbatches=microbatches, backend="local", quiet=True) as trainer:
+            losses.append(trainer.train_step(batch)["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_a_bad_batch_in_predict_or_evaluate_leaves_the_trained_weights() -> None:
+    with classifier() as trainer:
+        trainer.train_step(pairs(8))
+        with pytest.raises(ValueError, match="must be a dict"):
+            list(trainer.predict([torch.randn(8, 4)]))
+        x, y = pairs(8)
+        padded = (x, torch.full_like(y, -100))
+        assert math.isnan(trainer.evaluate([padded])["loss"])
+        assert trainer.evaluate([padded, (x, y)])["loss"] == pytest.approx(trainer.evaluate([(x, y)])["loss"])
+        assert trainer.train_step(pairs(8))["step"] == 1
+        trainer.state_dict()
+
+
+def test_an_abandoned_prediction_does_not_end_a_later_gang() -> None:
+    with classifier() as trainer:
+        outputs = trainer.predict([pairs(8), pairs(8), pairs(8)])
+        next(outputs)
+        first = trainer.train_step(pairs(8))["loss"]  # planned anew, with a loss: other ranks
+        outputs.close()
+        assert trainer.train_step(pairs(8))["loss"] < first
+
+
+def test_a_schedule_object_serves_a_ragged_last_batch_too() -> None:
+    with classifier(schedule=raypipe.schedule.build("1f1b", 2, 4), microbatches=None) as trainer:
+        assert trainer.train_step(pairs(8))["microbatches"] == 4
+        assert trainer.train_step(pairs(3))["microbatches"] == 3
+
+
+def test_a_schedule_may_place_the_last_chunk_on_another_stage() -> None:
+    straight = raypipe.schedule.build("gpipe", 2, 4)
+    turned = raypipe.Schedule("turned", straight.programs[::-1], 4)
+    with classifier(schedule=straight, microbatches=None) as one, classifier(schedule=turned, microbatches=None) as two:
+        assert one.train_step(pairs(8))["loss"] == two.train_step(pairs(8))["loss"]
+        states = one.state_dict(), two.state_dict()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

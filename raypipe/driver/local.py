@@ -83,9 +83,9 @@ class LocalGang:
         raise first_cause(self._failure) from None
 
     def drop(self, pending: Pending) -> None:
-        """Runs the call all the same: the ranks' messages must stay in step."""
-        if self._failure is None:
-            self.wait(pending)
+        """Forgets the call, which no rank has begun: calls run in ``wait``."""
+        for work in pending.calls:
+            work.close()
 
     def close(self) -> None:
         """Closes every worker."""
