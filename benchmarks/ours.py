@@ -14,7 +14,7 @@ from raypipe.observe.events import END, FROM, START, Trace
 from raypipe.schedule import Op
 from raypipe.schedule.dry_run import given_by, needed_by
 
-__all__ = ["Steps", "steps_of", "trainer_of"]
+__all__ = ["Steps", "last_traces", "steps_of", "trainer_of"]
 
 
 @contextmanager
@@ -104,3 +104,9 @@ def steps_of(trainer: PipelineTrainer, steps: int) -> Steps:
     finally:
         del gang.wait
     return Steps(taken)
+
+
+def last_traces(trainer: PipelineTrainer) -> list[Trace]:
+    """What the ranks reported of the last step."""
+    controller: Any = trainer._controller
+    return [report.trace for report in controller.reports]

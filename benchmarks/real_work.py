@@ -6,13 +6,17 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from benchmarks.models import BLOCKS, adamw, gpt, gpt_batch, token_loss
-from benchmarks.ours import trainer_of
+from benchmarks.ours import last_traces, trainer_of
 from benchmarks.peer import Peer, Task
 from benchmarks.table import Row, Subject, measured
+from raypipe import PipelineTrainer
+from raypipe.observe.timeline import mean_costs
 from raypipe.options import Options
 from raypipe.plan import make_plan
+from raypipe.schedule import build
 
 __all__ = ["run", "run_halves"]
 
@@ -39,55 +43,47 @@ def _run(cut: str, counts: tuple[int, ...], rounds: int, say: Callable[[str], No
     while the peer's ranks have had their batch from the start.
     """
     task = Task(gpt, gpt_batch, token_loss, adamw, MICROBATCHES, counts)
-    ratios: dict[str, list[float]] = {name: [] for name in BARS}
+    pairs: dict[str, list[Pair]] = {name: [] for name in BARS}
     with ExitStack() as stack:
         peer = stack.enter_context(Peer(task, tuple(BARS)))
         trainers = {name: stack.enter_context(trainer_of(task, name)) for name in BARS}
-        batch = task.batch()
-
-        def ours(name: str) -> tuple[float, float]:
-            began = time.monotonic()
-            loss = trainers[name].train_step(batch)["loss"]
-            return time.monotonic() - began, loss
-
-        def theirs(name: str) -> tuple[float, float]:
-            turn = peer.run(name, 1)
-            return turn.seconds, turn.loss
-
         for number in range(WARM_UP + rounds):
-            for name in BARS:
-                pair = _pair(lambda name=name: ours(name), lambda name=name: theirs(name), number % 2 == 1)
-                (own_s, own_loss), (peer_s, peer_loss) = pair
-                _check_same(name, own_loss, peer_loss)
-                say(f"{name}: raypipe {own_s:.2f} s, torch {peer_s:.2f} s, {own_s / peer_s:.3f}")
-                if number >= WARM_UP:
-                    ratios[name].append(own_s / peer_s)
-    rows = [_row(name, values, counts) for name, values in ratios.items()]
+            for name, trainer in trainers.items():
+                pair = _pair(name, trainer, peer, task, peer_first=number % 2 == 1)
+                say(f"{name}: raypipe {pair.ours:.2f} s, torch {pair.theirs:.2f} s, {pair.ours / pair.theirs:.3f}")
+                pairs[name].append(pair)
+    layers = " and ".join(map(str, counts))
+    rows = [row for name in BARS for row in _rows(f"{name}, {layers} layers", name, pairs[name][WARM_UP:])]
     return Subject(f"Real work against torch.distributed.pipelining, {cut}", rows)
 
 
-def _pair(
-    ours: Callable[[], tuple[float, float]], theirs: Callable[[], tuple[float, float]], swap: bool
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    if swap:
-        other = theirs()
-        return ours(), other
-    own = ours()
-    return own, theirs()
+class Pair(NamedTuple):
+    """Seconds of one step on either side, and of the schedule if nothing but raypipe's actions took time."""
+
+    ours: float
+    theirs: float
+    bound: float
 
 
-def _check_same(name: str, ours: float, theirs: float) -> None:
-    """Both sides have done as many steps from the same weights: equal losses show that they did the same work."""
-    if not math.isclose(ours, theirs, rel_tol=1e-3):
+def _pair(name: str, trainer: PipelineTrainer, peer: Peer, task: Task, *, peer_first: bool) -> Pair:
+    turn = peer.run(name, 1) if peer_first else None
+    batch, began = task.batch(), time.monotonic()
+    loss = trainer.train_step(batch)["loss"]
+    seconds = time.monotonic() - began
+    turn = turn or peer.run(name, 1)
+    # Both sides have done as many steps from the same weights: equal losses show that they did the same work.
+    if not math.isclose(loss, turn.loss, rel_tol=1e-3):
         raise AssertionError(
-            f"{name}: the loss is {ours} in raypipe and {theirs} in torch; they must train the same model"
+            f"{name}: the loss is {loss} in raypipe and {turn.loss} in torch; both must train the same"
         )
+    bound = build(name, STAGES, MICROBATCHES).simulate(mean_costs(last_traces(trainer))).makespan
+    return Pair(seconds, turn.seconds, bound)
 
 
-def _row(name: str, values: list[float], counts: tuple[int, ...]) -> Row:
-    layers = " and ".join(map(str, counts))
-    return measured(
-        f"GPT step ({BLOCKS} blocks, {layers} layers a stage, m={MICROBATCHES}), {name} over torch's {name}",
-        values,
-        BARS[name],
-    )
+def _rows(what: str, name: str, pairs: list[Pair]) -> list[Row]:
+    bound = f"the bound ({name} simulated from raypipe's measured actions, free messages, no optimizer)"
+    return [
+        measured(f"{what}: raypipe over torch", [pair.ours / pair.theirs for pair in pairs], BARS[name]),
+        measured(f"{what}: raypipe over {bound}", [pair.ours / pair.bound for pair in pairs]),
+        measured(f"{what}: torch over the same bound", [pair.theirs / pair.bound for pair in pairs]),
+    ]

@@ -104,7 +104,7 @@ def refuse_parameters_in_functions(options: Options) -> None:
             _Finder(io.BytesIO()).dump(function)
         except _FoundError:
             raise ValueError(
-                f"{name} refers to a parameter that requires a gradient, but stages hold copies and would not train it; "
+                f"{name} refers to a parameter that requires a gradient, but stages hold copies and do not train it; "
                 "compute with the model's outputs alone, make it a part of the model, or freeze it by "
                 "requires_grad_(False)"
             ) from None

@@ -15,12 +15,12 @@ from raypipe.driver.resources import check_resources
 from raypipe.model.partition import check_balance
 from raypipe.model.weights import LossRule
 from raypipe.schedule import Schedule, build, names
+from raypipe.schedule.maker import ScheduleMaker
 from raypipe.stage.spec import OptimizerMaker, SchedulerMaker
 
 __all__ = [
     "NOT_YET",
     "Options",
-    "ScheduleMaker",
     "checked_model",
     "default_optimizer",
     "from_pretrained",
@@ -48,50 +48,6 @@ NOT_YET: Mapping[str, Any] = {
 def default_optimizer(parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
     """AdamW with a learning rate of 1e-3."""
     return torch.optim.AdamW(parameters, lr=1e-3)
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleMaker:
-    """Makes the schedule of a number of microbatches; picklable.
-
-    Attributes: ``given``, a name, a schedule, or a callable ``(stages, microbatches) -> Schedule``; ``stages``.
-    """
-
-    given: str | Schedule | Callable[[int, int], Schedule]
-    stages: int
-
-    def __call__(self, microbatches: int) -> Schedule:
-        """The schedule.
-
-        Raises:
-            ValueError: it is for another number of stages or microbatches.
-        """
-        if isinstance(self.given, str):
-            return build(self.given, self.stages, microbatches)
-        made = self.given if isinstance(self.given, Schedule) else self.given(self.stages, microbatches)
-        if not isinstance(made, Schedule):
-            raise TypeError(f"schedule gave a {type(made).__name__}; it must return a raypipe.Schedule")
-        if isinstance(self.given, Schedule) and made.stages == self.stages and made.microbatches != microbatches:
-            made = _of_its_kind(made, microbatches)
-        if (made.stages, made.microbatches) != (self.stages, microbatches):
-            raise ValueError(
-                f"schedule {made.name!r} is for {made.stages} stages and {made.microbatches} microbatches, but this "
-                f"step has {self.stages} and {microbatches}; give a name such as '1f1b', or a callable "
-                "(stages, microbatches)"
-            )
-        if made.chunks != made.stages:
-            raise ValueError(
-                f"schedule {made.name!r} has {made.chunks} chunks on {made.stages} stages, but several chunks a stage "
-                "are not built yet; use one chunk a stage, such as '1f1b'"
-            )
-        return made
-
-
-def _of_its_kind(given: Schedule, microbatches: int) -> Schedule:
-    """The schedule of another number of microbatches, where the given one is one of those that have a name."""
-    if given.name in names() and build(given.name, given.stages, given.microbatches) == given:
-        return build(given.name, given.stages, microbatches)
-    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +115,8 @@ class Options:
         asked = check_resources(self.resources_per_stage) or {}
         if "GPU" in asked:
             raise ValueError(
-                f"resources_per_stage={dict(asked)} asks for GPUs, but stages on GPUs are not built yet; leave 'GPU' out "
-                "to train on CPUs"
+                f"resources_per_stage={dict(asked)} asks for GPUs, but stages on GPUs are not built yet; leave 'GPU' "
+                "out to train on CPUs"
             )
 
     def _check_schedule(self) -> None:
@@ -238,7 +194,7 @@ def opened_sources(datasets: object, evaluate_every: int | None) -> Mapping[str,
     sources = {name: open_source(data) for name, data in datasets.items()}
     if evaluate_every is not None and isinstance(sources["valid"], OnceSource):
         raise ValueError(
-            f"evaluate_every={evaluate_every}, but datasets['valid'] is an iterator that can be read once; give a list, "
+            f"evaluate_every={evaluate_every}, but datasets['valid'] is an iterator that can be read once; give a list "
             "or a function that yields the batches"
         )
     return sources

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from pipes import WIDTH, Stack, batch, recorded
 import itertools
+from pipes import WIDTH, Stack, batch, recorded
 from typing import Any
 
 import pytest

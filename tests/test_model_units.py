@@ -40,7 +40,7 @@ def test_a_dict_of_modules_is_opened_since_nobody_calls_it() -> None:
 
 
 def test_patterns_take_the_place_of_elements() -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
     assert list(find_units(model)) == ["layers.0", "layers.1"]
     finer = find_units(model, ["layers.*.self_attn", "layers.*.linear?"])

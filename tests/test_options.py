@@ -20,11 +20,13 @@ def test_a_schedule_by_name_fits_any_number_of_microbatches() -> None:
     assert cloudpickle.loads(cloudpickle.dumps(make))(2) == make(2)
 
 
-def test_a_schedule_object_is_for_its_own_number() -> None:
-    given = build("1f1b", 2, 4)
+def test_a_schedule_object_of_its_own_making_is_for_its_own_number() -> None:
+    named = build("1f1b", 2, 4)
+    given = Schedule("mine", named.programs, 4)
     options = Options(2, schedule=given)
     assert options.most_microbatches == 4
     assert options.make_schedule(4) is given
+    assert Options(2, schedule=named).make_schedule(3) == build("1f1b", 2, 3)
     with pytest.raises(ValueError, match="for 2 stages and 4 microbatches, but this step has 2 and 3; give a name"):
         options.make_schedule(3)
 

@@ -40,9 +40,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Also takes parametrized modules (weight norm), which refuse to be pickled: their class is made at run time."""
 
     def reducer_override(self, thing: Any) -> Any:
-        if isinstance(thing, nn.Module) and type(thing).__name__ == f"Parametrized{type(thing).__bases__[0].__name__}":
-            return _new_parametrized, (type(thing).__bases__[0], tuple(thing.parametrizations)), thing.__dict__
-        return super().reducer_override(thing)
+        if not isinstance(thing, nn.Module) or not parametrize.is_parametrized(thing):
+            return super().reducer_override(thing)
+        names = list(thing.parametrizations._modules)  # type: ignore[union-attr]
+        return _new_parametrized, (type(thing).__bases__[0], names), vars(thing)
 
 
 def _new_parametrized(base: type[nn.Module], names: Iterable[str]) -> nn.Module:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pipes import WIDTH, Stack, batch, recorded
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from raypipe.errors import CutError
+from raypipe.stage.boundary import Boundary, boundaries
+
+
+def spread(model: Any, x: Tensor) -> Tensor:
+    """Across the cut go a transposed tensor, one without gradient, and one that is changed later."""
+    h = model.blocks[0](x)
+    turned, index, kept = h.T * 1, h.argmax(-1), h * 2
+    x = model.blocks[1](x)
+    kept.mul_(3.0)
+    return x + turned.T + index[:, None] + kept
+
+
+def boundary() -> Boundary:
+    middle = boundaries(recorded(Stack(spread), batch()), (1,))[1]
+    assert len(middle.specs) == 3
+    return middle
+
+
+def test_messages_are_contiguous_and_strides_come_back() -> None:
+    turned, index, kept = torch.randn(4, WIDTH).T, torch.arange(4), torch.randn(4, WIDTH)
+    message = boundary().pack([turned, index, kept])
+    assert all(t.is_contiguous() for t in message)
+    assert [(tuple(t.shape), t.dtype) for t in message] == [(s.shape, s.dtype) for s in boundary().specs]
+    _, tensors = boundary().unpack(message, training=False)
+    assert torch.equal(tensors[0], turned)
+    assert tensors[0].stride() == turned.stride()
+
+
+def test_leaves_collect_gradients_and_what_is_changed_in_place_is_no_leaf() -> None:
+    message = [torch.randn(s.shape).to(s.dtype) for s in boundary().specs]
+    leaves, (turned, index, kept) = boundary().unpack(message, training=True)
+    assert leaves[0] is turned
+    assert leaves[1] is not kept
+    assert not index.requires_grad
+    kept.mul_(3.0)
+    (turned.sum() + kept.sum()).backward()
+    one, three = boundary().unpack_gradients(boundary().pack_gradients(leaves))
+    assert torch.equal(one, torch.ones(WIDTH, 4))
+    assert torch.equal(three, torch.full((4, WIDTH), 3.0))
+
+
+def test_a_leaf_that_no_gradient_reached_sends_zeros() -> None:
+    message = [torch.randn(s.shape).to(s.dtype) for s in boundary().specs]
+    leaves, _ = boundary().unpack(message, training=True)
+    assert all(not t.any() for t in boundary().pack_gradients(leaves))
+    assert len(boundary().gradient_specs) == 2
+
+
+def test_a_gradient_that_was_not_planned_is_refused() -> None:
+    tensors = [torch.randn(WIDTH, 4), torch.arange(4), torch.randn(4, WIDTH, requires_grad=True)]
+    with pytest.raises(CutError, match=r"made by mul \(.*\) does not require a gradient, unlike when it was planned"):
+        boundary().roots(tensors)
+    assert len(boundary().roots([tensors[0].requires_grad_(), *tensors[1:]])) == 2

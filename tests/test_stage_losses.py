@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raypipe.errors import BatchError
+from raypipe.model.call import Caller
+from raypipe.model.microbatch import Microbatch, find_layout
+from raypipe.model.weights import LossRule, Rule
+from raypipe.stage.losses import Losses
+
+
+def cut(labels: list[list[int]]) -> tuple[Tensor, list[Microbatch]]:
+    """Logits [rows, 2, 5] and their labels, two rows a microbatch."""
+    given = {"logits": torch.randn(len(labels), 2, 5, generator=torch.Generator().manual_seed(0)), "labels": labels}
+    given["labels"] = torch.tensor(labels)
+    return given["logits"].requires_grad_(), find_layout(given).split(given, len(labels) // 2)
+
+
+def loss_of(batch: Any) -> Tensor:
+    return F.cross_entropy(batch["logits"].flatten(0, 1), batch["labels"].flatten())
+
+
+@pytest.mark.parametrize("rule", [LossRule(Rule.TARGETS), LossRule(lambda batch: float((batch["labels"] >= 0).sum()))])
+def test_the_batchs_loss_and_gradient(rule: LossRule) -> None:
+    logits, microbatches = cut([[1, -100], [-100, -100], [2, 3], [0, 4], [-100] * 2, [-100] * 2])
+    whole = F.cross_entropy(logits.flatten(0, 1), torch.cat([m.batch["labels"] for m in microbatches]).flatten())
+    (wanted,) = torch.autograd.grad(whole, logits)
+    losses = Losses(rule, Caller(), microbatches)
+    for number, microbatch in enumerate(microbatches):
+        loss = losses.forward(number, lambda batch=microbatch.batch: loss_of(batch))
+        assert (loss is None) == (number == 2)  # no valid target: it weighs nothing
+        if loss is not None:
+            loss.backward(losses.gradient(number, loss))
+    assert losses.loss() == pytest.approx(whole.item(), rel=1e-6)
+    assert losses.evaluated() == (losses.loss(), 5)
+    assert losses.total() == (5 if rule.weight is Rule.TARGETS else 1)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad / losses.total(), wanted)
+
+
+def test_samples_and_sum() -> None:
+    _, microbatches = cut([[0, 1]] * 6)
+    for rule, gradient, weight in ((Rule.SAMPLES, 2 / 6, 6), (Rule.SUM, 1.0, 1)):
+        losses = Losses(LossRule(rule), Caller(), microbatches)
+        for number in range(3):
+            loss = losses.forward(number, lambda: torch.tensor(2.0, requires_grad=True))
+            assert loss is not None
+            assert losses.gradient(number, loss).item() == pytest.approx(gradient)
+        assert losses.loss() == pytest.approx(2.0 if rule is Rule.SAMPLES else 6.0)
+        assert losses.evaluated()[1] == weight
+
+
+def test_a_batch_without_targets_is_refused() -> None:
+    _, microbatches = cut([[-100, -100]] * 2)
+    losses = Losses(LossRule(Rule.TARGETS), Caller(), microbatches)
+    assert losses.forward(0, lambda: loss_of(microbatches[0].batch)) is None
+    with pytest.raises(BatchError, match="no microbatch of the batch has a valid target"):
+        losses.total()
+    assert losses.evaluated()[1] == 0

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raypipe.stage.optimizer import StageOptimizer, Update, global_norm
+from raypipe.stage.protocol import RankWork, run_blocking
+from raypipe.stage.spec import Gradients
+from raypipe.transport.memory import MemoryHub
+
+SHARED = Gradients(owned=(("a", "b"), ("c",)), order=("a", "b", "c"), shared={(0, 1): ("a",)})
+
+
+def sgd(parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def parameter(gradient: Sequence[float] | None) -> nn.Parameter:
+    made = nn.Parameter(torch.zeros(2))
+    made.grad = None if gradient is None else torch.tensor(gradient)
+    return made
+
+
+def finish(
+    ranks: Sequence[dict[str, nn.Parameter]], gradients: Gradients, divisor: float = 1.0, **options: Any
+) -> list[Update]:
+    """The ends of a step on all ranks, in turns; the last rank knows the divisor."""
+    hub, updates = MemoryHub(len(ranks)), {}
+    works: dict[int, RankWork[Update]] = {}
+    for rank, parameters in enumerate(ranks):
+        known = options.get("known", False)
+        made = StageOptimizer(
+            rank, parameters, gradients, sgd, None, options.get("max_norm"), None if known else len(ranks) - 1
+        )
+        works[rank] = made.finish(hub.transport(rank), divisor if rank == len(ranks) - 1 else 1.0)
+    waiting: dict[int, Any] = {}
+    while works:
+        for rank, work in list(works.items()):
+            if rank in waiting and not waiting[rank].ready():
+                continue
+            try:
+                waiting[rank] = next(work)
+            except StopIteration as stop:
+                updates[rank] = stop.value
+                del works[rank]
+    return [updates[rank] for rank in range(len(ranks))]
+
+
+def test_shared_gradients_are_summed_divided_and_clipped_as_one_model() -> None:
+    ranks = [
+        {"a": parameter([3.0, 0.0]), "b": parameter([0.0, 6.0])},
+        {"a": parameter([3.0, 6.0]), "c": parameter([2.0, 0.0])},
+    ]
+    updates = finish(ranks, SHARED, divisor=2.0, max_norm=0.5)
+    a, b, c = (torch.tensor(t) / 2 for t in ([6.0, 6.0], [0.0, 6.0], [2.0, 0.0]))
+    whole = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    for p, gradient in zip(whole, (a, b, c), strict=True):
+        p.grad = gradient.clone()
+    norm = nn.utils.clip_grad_norm_(whole, 0.5)
+    torch.testing.assert_close(ranks[0]["a"].detach(), -whole[0].grad)  # type: ignore[operator]
+    torch.testing.assert_close(ranks[1]["c"].detach(), -whole[2].grad)  # type: ignore[operator]
+    assert torch.equal(ranks[0]["a"], ranks[1]["a"])
+    assert global_norm(SHARED, [u.norms for u in updates]) / 2 == pytest.approx(norm.item())
+    assert updates[0].lr == (1.0,)
+    assert ranks[0]["a"].grad is None
+
+
+def test_a_parameter_without_gradient_stays_without() -> None:
+    ranks = [{"a": parameter(None), "b": parameter([1.0, 1.0])}, {"a": parameter(None), "c": parameter(None)}]
+    updates = finish(ranks, SHARED, known=True)
+    assert updates[0].norms.tolist() == [0.0, pytest.approx(2**0.5)]
+    assert not ranks[0]["a"].any()
+    assert ranks[0]["b"].tolist() == [-1.0, -1.0]
+
+
+def test_a_stage_without_trainable_parameters_takes_part() -> None:
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    gradients = Gradients(owned=((), ("c",)), order=("c",))
+    updates = finish([{"a": frozen}, {"c": parameter([2.0, 0.0])}], gradients, divisor=4.0, max_norm=1.0)
+    assert (updates[0].lr, updates[0].norms.tolist(), updates[1].norms.tolist()) == ((), [], [2.0])
+
+
+def made_with(make: Any, scheduler: Any = None) -> StageOptimizer:
+    gradients = Gradients(owned=(("a",),), order=("a",))
+    return StageOptimizer(0, {"a": parameter([1.0, 1.0])}, gradients, make, scheduler, None, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "scheduler", "sentence"),
+    [
+        (lambda named: torch.optim.LBFGS([p for _, p in named]), None, "LBFGS, which needs the whole model"),
+        (lambda named: None, None, "optimizer gave a NoneType"),
+        (sgd, torch.optim.lr_scheduler.ReduceLROnPlateau, "ReduceLROnPlateau, which needs a metric"),
+        (sgd, lambda optimizer: 3, "lr_scheduler gave a int"),
+    ],
+)
+def test_what_cannot_work_is_said(make: Any, scheduler: Any, sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        made_with(make, scheduler)
+
+
+def test_the_scheduler_steps_with_the_optimizer() -> None:
+    optimizer = made_with(sgd, lambda made: torch.optim.lr_scheduler.StepLR(made, 1, 0.5))
+    hub = MemoryHub(1)
+    rates = [run_blocking(optimizer.finish(hub.transport(0), 1.0), 1.0).lr for _ in range(3)]
+    assert rates == [(1.0,), (0.5,), (0.25,)]
