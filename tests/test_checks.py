@@ -90,7 +90,7 @@ def test_a_forward_that_draws_elsewhere_than_from_torch_is_refused(draw: Callabl
 
 def test_a_buffer_that_each_microbatch_would_change_is_refused_unless_that_is_accepted() -> None:
     model = nn.Sequential(Averaging(), nn.Linear(4, 3))
-    with pytest.raises(ValueError, match="the forward changes the buffer 0.mean"):
+    with pytest.raises(ValueError, match=r"the forward changes the buffer 0.mean"):
         trainer(model)
     trainer(model, batch_norm="microbatch")
     trainer(model, microbatches=1)

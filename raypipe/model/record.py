@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -22,12 +21,12 @@ from raypipe.model.counter import NEEDS_DATA, Counter
 from raypipe.model.frames import Place, place, user_line
 from raypipe.model.functions import LASTING, READS, SHAPES, changes_in_place, function_name
 from raypipe.model.intercept import Watch
-from raypipe.model.recording import Constant, Event, Mutation, New, Path, Recording, Same, Value
-from raypipe.model.trees import PLAIN, held_by, leaves_in, same_leaves, tensors_in
+from raypipe.model.ledger import Happening, Ledger
+from raypipe.model.recording import Path, Recording
+from raypipe.model.trees import held_by, leaves_in, same_leaves, tensors_in
 from raypipe.model.twin import Twin
 from raypipe.model.within import Within, maker_of
 from raypipe.model.written import Written
-from raypipe.tensors import TensorSpec
 
 __all__ = ["record"]
 
@@ -77,11 +76,9 @@ class _Recorder(Watch):
         self.called: set[str] = set()
         self.calls = 0
         self.nested: list[str] = []
-        self.numbers: dict[int, int] = {}  # of values, by the id of their tensor
         self.written = Written(twin.buffers)
-        self.storages: dict[int, int] = {}
-        self.regions: list[FrameType] = []  # kept, for the same reason as ``keep``
-        self.keep: list[Tensor] = []  # tensors and storages are told apart by address: none may be freed meanwhile
+        self.ledger = Ledger(self.recording, self.written, self.mark, twin.parameter_memory)
+        self.numbers = self.ledger.numbers
 
     def depends(self, tensor: Tensor) -> bool:
         """Also true of memory that a value was written into, whichever tensor shows it."""
@@ -127,8 +124,9 @@ class _Recorder(Watch):
         inner = [parameter for unit in self.nested for parameter in self.twin.unit_parameters[unit]]
         sources = ((*uses, *within.uses), (*parameters, *inner, *within.parameters_used))
         self.calls += 1
-        event = (name, self.calls - 1, counter, where)
-        return self._add(event, sources, (args, kwargs), changed, result)
+        what = Happening(name, self.calls - 1, counter, where)
+        self.ledger.add(what, sources, (args, kwargs), changed, result)
+        return result
 
     def function(self, func: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = function_name(func)
@@ -164,8 +162,8 @@ class _Recorder(Watch):
         originals = {id(given[id(t)]): t for t in found.values()}
         result = pytree.tree_map_only(Tensor, lambda t: originals.get(id(t), t), result)
         changed = {id(t) for t in found.values() if given[id(t)]._version != versions[id(t)]}
-        event = (name, None, counter, where)
-        return self._add(event, sources, (args, kwargs), changed, result)
+        self.ledger.add(Happening(name, None, counter, where), sources, (args, kwargs), changed, result)
+        return result
 
     def look_at_outputs(self, outputs: Any) -> None:
         """Notes the values that the forward returned, and objects that units filled out of sight (a cache)."""
@@ -203,84 +201,11 @@ class _Recorder(Watch):
         """What a unit's caller gets in the place of a result."""
         return _alias(tensor) if self.twin.is_fake(tensor) else self.twin.fake(tensor)
 
-    def _add(
-        self,
-        event: tuple[str, int | None, Counter, Place],
-        sources: tuple[tuple[int, ...], tuple[str, ...]],
-        inputs: tuple[Any, Any],
-        changed: set[int],
-        result: Any,
-    ) -> Any:
-        """Adds the event, with a new value for each tensor that it made or changed."""
-        name, call, counter, where = event
-        paths: dict[int, Path] = {}
-        mutations = []
-        for path, leaf in leaves_in(inputs):
-            if id(leaf) in paths or isinstance(leaf, PLAIN):
-                continue
-            paths[id(leaf)] = path
-            if id(leaf) in changed:
-                self._refuse_parameter(leaf, name, where.line)
-                number = self.numbers.get(id(leaf))
-                thing = None if number is None else self.recording.values[number].thing
-                mutations.append(Mutation(path, self._value(leaf, thing)))
-        leaves, tree = pytree.tree_flatten(result)
-        described: list[New | Same | Constant] = []
-        for leaf in leaves:
-            if id(leaf) in paths and not isinstance(leaf, PLAIN):
-                described.append(Same(paths[id(leaf)]))
-            elif isinstance(leaf, Tensor):
-                described.append(New(self._value(leaf, None)))
-            else:
-                described.append(Constant(leaf))
-        uses, parameters = tuple(dict.fromkeys(sources[0])), tuple(dict.fromkeys(sources[1]))
-        self.recording.events.append(
-            Event(
-                name,
-                call,
-                uses,
-                parameters,
-                tuple(described),
-                tree,
-                tuple(mutations),
-                counter.flops,
-                where.line,
-                counter.drawn and call is None,
-                self._region(where),
-            )
-        )
-        return result
-
-    def _region(self, where: Place) -> int | None:
-        if where.region is None:
-            return None
-        if where.region not in self.regions:
-            self.regions.append(where.region)
-        return self.regions.index(where.region)
-
-    def _value(self, tensor: Tensor, thing: int | None) -> int:
-        values = self.recording.values
-        number, fake = len(values), self.written.fake_of(tensor)
-        storage = self.storages.setdefault(fake.untyped_storage()._cdata, number)
-        spec = TensorSpec(tuple(fake.shape), fake.dtype, fake.device)
-        thing = number if thing is None else thing
-        event = len(self.recording.events)
-        values.append(Value(number, event, spec, tuple(fake.stride()), fake.requires_grad, thing, storage))
-        self.recording.placeholders.append(fake.detach().requires_grad_(fake.requires_grad))
-        self.keep += (tensor, fake)
-        self.numbers[id(tensor)] = number
-        self.mark(tensor)
-        return number
-
     def _describe(self, uses: tuple[int, ...], parameters: tuple[str, ...]) -> str:
         return self.recording.describe(uses[0]) if uses else f"the parameter {parameters[0]}"
 
     def _stop(self, name: str, sources: tuple[tuple[int, ...], tuple[str, ...]]) -> NoReturn:
         raise _AsksForData(refusals.asks_for_data(user_line(), name, self._describe(*sources)))
-
-    def _refuse_parameter(self, tensor: Tensor, name: str, line: str) -> None:
-        if tensor.untyped_storage()._cdata in self.twin.parameter_memory:
-            refusals.changes_parameter(name, line)
 
     def _refuse_opaque(self, name: str, result: Any, inputs: Any) -> None:
         given = {id(leaf) for _, leaf in leaves_in(inputs)}
