@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from raypipe.driver.status import Failed, Finished, Outcome
 from raypipe.driver.versions import NodeInfo
 from raypipe.errors import PeerLost, RaypipeError, StageError, StageLost
+from raypipe.stage.allocator import keep_freed_memory
 from raypipe.stage.protocol import Progress, RankWork, Worker, run_blocking
 from raypipe.topology import Topology
 from raypipe.transport.base import Wiring
@@ -71,6 +72,7 @@ class StageActor:
         """
 
         def work() -> None:
+            keep_freed_memory()
             sys.path.extend(entry for entry in path if entry not in sys.path and Path(entry).exists())
             worker: Worker = cloudpickle.loads(build)()
             store = join_store(host, port, self._timeout_s) if self._store is None else self._store
