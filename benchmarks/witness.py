@@ -24,12 +24,14 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 class Witness(torch.optim.SGD):
     """SGD that changes nothing and notes, in a file of ``folder``, memory and weights of its process.
 
-    It is made when the rank has got its weights.
+    It is made when the rank has got its weights. ``alive``: from then on what is freed goes back at once, so that the
+    process's memory is what is alive in it; else it is as a user has it.
     """
 
-    def __init__(self, parameters: Any, folder: str) -> None:
+    def __init__(self, parameters: Any, folder: str, alive: bool) -> None:
         parameters = list(parameters)
-        _give_back_at_once()
+        if alive:
+            _give_back_at_once()
         super().__init__([p for _, p in parameters], lr=0.0)
         self._folder = Path(folder)
         self._noted: Note = {
@@ -48,9 +50,9 @@ class Witness(torch.optim.SGD):
         (self._folder / f"{os.getpid()}.json").write_text(json.dumps(self._noted))
 
 
-def witness(folder: str) -> Callable[[Any], Witness]:
+def witness(folder: str, alive: bool = True) -> Callable[[Any], Witness]:
     """An ``optimizer`` for a trainer."""
-    return _Maker(folder)
+    return _Maker(folder, alive)
 
 
 def read_witness(folder: str) -> list[Note]:
@@ -60,11 +62,11 @@ def read_witness(folder: str) -> list[Note]:
 
 
 class _Maker:
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, alive: bool) -> None:
+        self._folder, self._alive = folder, alive
 
     def __call__(self, parameters: Any) -> Witness:
-        return Witness(parameters, self._folder)
+        return Witness(parameters, self._folder, self._alive)
 
 
 def _memory(key: str) -> int:
@@ -78,7 +80,7 @@ def _memory(key: str) -> int:
 def _give_back_at_once() -> None:
     """From now on glibc maps every tensor of 256 KiB or more by itself.
 
-    By default it keeps what is freed for later, in pieces: the process's memory is then not that of what it holds.
+    A rank keeps what is freed for later, in pieces: the process's memory is then not that of what it holds.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 256 * 1024)

@@ -13,6 +13,7 @@ from raypipe.transport.gloo import wait_for
 
 __all__ = ["Flush", "Outbox"]
 
+_FEW = 4
 _LOOK_EVERY_S, _LOOK_AT_LEAST_EVERY_S = 0.05, 1.0
 _FOREVER_S = 10 * 365 * 86400.0  # a late receiver is no fault of the sender: deadlines belong to waits
 
@@ -20,9 +21,9 @@ _FOREVER_S = 10 * 365 * 86400.0  # a late receiver is no fault of the sender: de
 class Outbox:
     """Holds each message of one channel until it has gone, then lets go of its memory.
 
-    A send of gloo says that it is complete only to whoever waits for it, so a thread waits. ``put`` does not wake it: a
-    handover costs the computing thread more than the send itself (0.1 ms where its caches are cold). It looks by itself
-    every 50 ms, so memory is let go of that much later, and when somebody waits.
+    A send of gloo says that it is complete only to whoever waits for it, so a thread waits. Waking it for each message
+    would cost the computing thread as much as the send itself (0.1 ms where its caches are cold): it looks by itself
+    every 50 ms, or when four messages have come together, or when somebody waits.
     """
 
     def __init__(self, to: int) -> None:
@@ -40,6 +41,8 @@ class Outbox:
         """Takes a send that was started."""
         self._works.append(work)
         self.put_count += 1
+        if len(self._works) >= _FEW:
+            self._wake.set()
 
     def gone(self, count: int) -> bool:
         """Whether the first ``count`` sends are over."""
