@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -79,6 +80,9 @@ class StageActor:
             transport = ProcessGroupTransport(store, self._rank, wiring, timeout_s=self._timeout_s, host=own_host)
             worker.connect(transport)
             self._worker = worker
+            # What is there now stays: the collector need not look at it again in the middle of an action.
+            gc.collect()
+            gc.freeze()
 
         self._run(0, "start", work)
 
