@@ -1,7 +1,8 @@
 """How a rank's process treats memory that PyTorch gives back on the CPU.
 
 glibc returns large blocks to the kernel when they are freed, and the next microbatch's tensors fault every page in
-again. A rank allocates the same sizes over and over, so its process keeps them: about 5 % of a step of a GPT of width 512.
+again. A rank allocates the same sizes over and over, so its process keeps them: about 5 % of a step of a GPT of width
+512.
 """
 
 from __future__ import annotations
