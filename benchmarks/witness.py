@@ -91,5 +91,6 @@ def _parameter_bytes() -> int:
 
     A husk, and a parameter of a recording, is a class of its own and has none.
     """
+    gc.unfreeze()  # a rank freezes what it has when it starts, and the collector then does not list it
     found = {id(each): each for each in gc.get_objects() if type(each) is nn.Parameter}
     return sum(each.numel() * each.element_size() for each in found.values())
