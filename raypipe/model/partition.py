@@ -6,10 +6,12 @@ found exactly, by dynamic programming (the classical linear partition problem).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from raypipe.errors import CutError
+from raypipe.model.cuts import too_few_places
 from raypipe.model.recording import Recording
 
 __all__ = ["Chunk", "Partition", "check_balance", "lightest_split", "partition"]
@@ -68,16 +70,18 @@ def partition(
 
     Raises:
         ValueError: there are fewer unit calls than chunks, or a given balance does not add up.
-        CutError: a cut parts what cannot be parted.
+        CutError: a given cut parts what has to stay in one chunk, or too few other cuts are left.
     """
-    names = [recording.events[event].name for event in recording.calls]
+    names = recording.names
     if chunks > len(names):
         raise ValueError(
             f"stages={chunks} is more than the {len(names)} units that this model can be cut into ({_some(names)}); "
             f"use at most {len(names)} stages, or name smaller units with units=[...]"
         )
     if isinstance(balance, str):
-        counts = lightest_split(_costs(recording, unit_parameters, sizes, balance), chunks)
+        if chunks > len(names) - len(recording.forbidden):
+            raise CutError(too_few_places(names, recording.forbidden, chunks))
+        counts = lightest_split(_costs(recording, unit_parameters, sizes, balance), chunks, recording.forbidden)
     else:
         counts = _given(balance, names, chunks)
     cuts = tuple(accumulate(counts))[:-1]
@@ -101,8 +105,11 @@ def partition(
     return Partition(cuts, tuple(made))
 
 
-def lightest_split(costs: Sequence[float], parts: int) -> tuple[int, ...]:
-    """Lengths of ``parts`` contiguous, non-empty parts whose largest sum is the smallest possible."""
+def lightest_split(costs: Sequence[float], parts: int, forbidden: Collection[int] = ()) -> tuple[int, ...]:
+    """Lengths of ``parts`` contiguous, non-empty parts whose largest sum is the smallest possible.
+
+    No part begins at an index in ``forbidden``; so many parts must be possible.
+    """
     prefix = [0.0, *accumulate(costs)]
     best = [[float("inf")] * (len(costs) + 1) for _ in range(parts + 1)]
     choice = [[0] * (len(costs) + 1) for _ in range(parts + 1)]
@@ -110,6 +117,8 @@ def lightest_split(costs: Sequence[float], parts: int) -> tuple[int, ...]:
     for part in range(1, parts + 1):
         for end in range(part, len(costs) + 1):
             for start in range(part - 1, end):
+                if start in forbidden:
+                    continue
                 worst = max(best[part - 1][start], prefix[end] - prefix[start])
                 if worst < best[part][end]:
                     best[part][end], choice[part][end] = worst, start

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from raypipe.errors import CutError
+from raypipe.model.cuts import Together, forbidden_cuts, parted
 from raypipe.tensors import TensorSpec
 
 __all__ = ["Constant", "Event", "Mutation", "New", "Path", "Recording", "Same", "Value", "Window"]
@@ -128,14 +129,29 @@ class Recording:
     """Values that the forward returned: used at the end."""
     withheld: tuple[int, ...] = ()
     """Leaves of the outputs that units filled out of sight (a cache of keys): None is returned in their place."""
+    together: list[Together] = field(default_factory=list)
+    """Events that must lie in one chunk, since what goes on between them cannot be carried."""
     stopped: str | None = None
     """Why nothing is known of the end of the forward, where that is so: it asked a value for its data."""
     _windows: dict[tuple[int, ...], tuple[Window, ...]] = field(default_factory=dict)
+    _forbidden: dict[int, str] | None = None
 
     @property
     def calls(self) -> tuple[int, ...]:
         """The event of each unit call."""
         return tuple(number for number, event in enumerate(self.events) if event.call is not None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The unit of each unit call."""
+        return tuple(event.name for event in self.events if event.call is not None)
+
+    @property
+    def forbidden(self) -> dict[int, str]:
+        """By unit call: why no cut may stand before it. Of a finished recording."""
+        if self._forbidden is None:
+            self._forbidden = forbidden_cuts(self)
+        return self._forbidden
 
     def last_uses(self) -> list[int]:
         """By value: the last event that uses it (the number of events where the forward returns it), or -1."""
@@ -156,16 +172,15 @@ class Recording:
         """The windows between cuts, each given as the number of the unit call that it stands before.
 
         Raises:
-            CutError: two live values share memory that is changed in place afterwards, or a cut is inside of a
-                checkpointed call.
+            CutError: a cut parts what has to stay in one chunk.
         """
         if cuts not in self._windows:
+            for cut in cuts:
+                if cut in self.forbidden:
+                    raise CutError(parted(self.names, self.forbidden, cut, len(cuts) + 1))
             calls = self.calls
             edges = [0, *(calls[cut] for cut in cuts), len(self.events)]
             live = [(), *(self.live(edge) for edge in edges[1:-1]), ()]
-            for edge, values in zip(edges[1:-1], live[1:-1], strict=True):
-                self._refuse_region(edge)
-                self._refuse_aliases(edge, values)
             self._windows[cuts] = tuple(
                 Window(edges[i], edges[i + 1], live[i], live[i + 1]) for i in range(len(edges) - 1)
             )
@@ -182,24 +197,3 @@ class Recording:
         return (
             f"a {value.spec.dtype} tensor {value.spec.shape} made by {event.name}{event.where and f' ({event.where})'}"
         )
-
-    def _refuse_region(self, cut: int) -> None:
-        before, after = self.events[cut - 1], self.events[cut]
-        if after.region is not None and before.region == after.region:
-            raise CutError(
-                f"a cut before {after.name} ({after.where}) would part one call of torch.utils.checkpoint that began "
-                f"before {before.name}; checkpoint each unit by itself, or keep the call in one stage with "
-                "balance=[...]"
-            )
-
-    def _refuse_aliases(self, cut: int, values: tuple[Value, ...]) -> None:
-        changed = self.mutated_after(cut)
-        by_storage: dict[int, Value] = {}
-        for value in values:
-            other = by_storage.setdefault(value.storage, value)
-            if other is not value and value.storage in changed:
-                raise CutError(
-                    f"a cut before {self.events[cut].name} would part {self.describe(other)} from "
-                    f"{self.describe(value)}: they share memory that is changed in place afterwards; "
-                    "clone one of them, or keep both ends in one stage with balance=[...]"
-                )
