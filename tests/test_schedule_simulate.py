@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 
 import pytest
@@ -108,12 +107,11 @@ def test_forward_only_keeps_nothing() -> None:
     assert found.peak_in_flight == (1, 1, 1, 1)
 
 
-def test_a_large_schedule_is_built_and_simulated_in_seconds() -> None:
-    start = time.process_time()
+@pytest.mark.timeout(120)  # linear work takes seconds; quadratic work would take hours
+def test_a_large_schedule_is_built_and_simulated() -> None:
     found = build("1f1b", 64, 1024).simulate()
     assert found.makespan == 3 * (1024 + 63)
     assert len(found.spans) == 2 * 64 * 1024
-    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
