@@ -52,6 +52,14 @@ def test_pieces_are_views():
     assert np.shares_memory(piece.batch["array"], batch["array"])
 
 
+def test_a_change_in_one_microbatch_is_none_in_another():
+    batch = {"x": torch.ones(4, 6)}
+    one, other = find_layout(batch).split(batch, 2)
+    one.batch["x"].add_(1)
+    assert (one.batch["x"]._version, other.batch["x"]._version) == (1, 0)
+    assert batch["x"][:, 0].tolist() == [2, 2, 1, 1]
+
+
 def test_select_takes_samples_in_order_and_twice():
     batch = batch_of(4)
     chosen = find_layout(batch, DIMS).select(batch, [3, 0, 3])

@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
+from raypipe.model.known import Known
+
 __all__ = ["NEEDS_DATA", "Counter"]
 
 NEEDS_DATA = (
@@ -28,15 +30,16 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         mode: of the fakes.
         guess: run a kernel that needs data on stand-ins (inside of units: its owner checks what it guessed).
+        known: what is known of the data of the fakes.
 
     Attributes: ``flops``, by PyTorch's own formulas; ``drawn``, whether a kernel drew random numbers.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, mode: fake_tensor.FakeTensorMode, *, guess: bool) -> None:
+    def __init__(self, mode: fake_tensor.FakeTensorMode, *, guess: bool, known: Known | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._mode, self._guess = mode, guess
+        self._mode, self._guess, self._known = mode, guess, known or Known()
         self.flops = 0
         self.drawn = False
 
@@ -52,19 +55,28 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except Exception as error:
             if not (self._guess if isinstance(error, NEEDS_DATA) else _in_stand_in(error)):
                 raise
-            result = self._on_numbers(func, args, kwargs)
+            result = self.on_numbers(func, args, kwargs)
+        else:
+            self._known.follow(func, args, kwargs, result)
         formula = flop_registry.get(getattr(func, "overloadpacket", None))
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         self.drawn |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         return result
 
-    def _on_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs a kernel for real; an error of its own is then the true one."""
-        with _disable_current_modes():
-            args, kwargs = pytree.tree_map_only(fake_tensor.FakeTensor, _numbers, (args, kwargs))
+    def on_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a kernel or function on numbers; an error of its own is then the true one."""
+        with _disable_current_modes(), torch.no_grad():
+            args, kwargs = pytree.tree_map_only(
+                fake_tensor.FakeTensor, lambda fake: self._known.of(fake, _numbers), (args, kwargs)
+            )
             result = func(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, self._mode.from_tensor, result)
+        return pytree.tree_map_only(Tensor, self._faked, result)
+
+    def _faked(self, real: Tensor) -> Tensor:
+        fake: Tensor = self._mode.from_tensor(real)
+        self._known.tell(fake, real)
+        return fake
 
 
 def _numbers(fake: Tensor) -> Tensor:

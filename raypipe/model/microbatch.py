@@ -204,7 +204,9 @@ def _cut(leaf: Any, dim: int | None, first: int, size: int) -> Any:
     if dim is None:  # a copy: what one microbatch writes into it, the next must not see
         return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
     if isinstance(leaf, torch.Tensor):
-        return leaf.narrow(dim, first, size)
+        # Views of one tensor count their changes together, and autograd would take a change in one microbatch for a
+        # change in all of them; .data counts by itself.
+        return leaf.narrow(dim, first, size).data
     return leaf[(*[slice(None)] * dim, slice(first, first + size))] if dim else leaf[first : first + size]
 
 

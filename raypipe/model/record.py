@@ -21,6 +21,7 @@ from raypipe.model.counter import NEEDS_DATA, Counter
 from raypipe.model.frames import Place, place, user_line
 from raypipe.model.functions import LASTING, READS, SHAPES, changes_in_place, function_name
 from raypipe.model.intercept import Watch
+from raypipe.model.known import Known
 from raypipe.model.ledger import Happening, Ledger
 from raypipe.model.recording import Path, Recording
 from raypipe.model.trees import held_by, leaves_in, same_leaves, tensors_in
@@ -106,8 +107,13 @@ class _Recorder(Watch):
         versions = {id(t): given[id(t)]._version for t in found.values()}
         before = pytree.tree_flatten(own)
         marked = [(given[id(t)], self.depends(t)) for t in found.values()]
-        within = Within(name, self._mark, marked, self.numbers, self.parameters, self.twin.unit_parameters[name])
-        self.nested, counter = [], Counter(self.twin.mode, guess=True)
+        known = Known()
+        for real, (fake, is_value) in zip(found.values(), marked, strict=True):
+            if not is_value:
+                known.tell(fake, real)
+        self.nested, counter = [], Counter(self.twin.mode, guess=True, known=known)
+        own_parameters = self.twin.unit_parameters[name]
+        within = Within(name, self._mark, marked, self.numbers, self.parameters, own_parameters, counter.on_numbers)
         with self.twin.mode, counter, within:
             result = call(*own[0], **own[1])
         if not same_leaves(before, pytree.tree_flatten(own)):

@@ -7,17 +7,22 @@ block makes and all use) is nobody's secret.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from raypipe.model import refusals
 from raypipe.model.frames import user_line
 from raypipe.model.trees import tensors_in
 
 __all__ = ["Within", "maker_of"]
+
+_NO_MEMORY = "its data is not allocated yet"
+"""What PyTorch says where C++ reads a fake's memory itself, as recurrent layers do with packed sequences."""
 
 
 class Within(TorchFunctionMode):
@@ -28,7 +33,9 @@ class Within(TorchFunctionMode):
         mark: of the run.
         given: the tensors that it was given, and whether each is a value.
         values: numbers of the run's values, by the id of their tensors.
-        parameters: names of the parameters that are not the unit's own, by id.
+        parameters: names of all parameters, by id.
+        own: names of the unit's own.
+        on_numbers: runs a function for real on stand-ins for its arguments.
 
     Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments.
     """
@@ -41,8 +48,10 @@ class Within(TorchFunctionMode):
         values: Mapping[int, int],
         parameters: Mapping[int, str],
         own: Iterable[str],
+        on_numbers: Callable[[Any, Any, Any], Any],
     ) -> None:
         super().__init__()
+        self._on_numbers = on_numbers
         self._unit, self._mark = unit, mark
         self._given = {id(tensor): is_value for tensor, is_value in given}
         self._values, self._parameters, self._own = values, parameters, frozenset(own)
@@ -52,7 +61,14 @@ class Within(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tainted = [self._is_value(tensor) for _, tensor in tensors_in((args, kwargs or {}))]
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if _NO_MEMORY not in str(error):
+                raise
+            result = self._on_numbers(func, args, kwargs or {})
+            if torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors_in((args, kwargs or {}))):
+                result = pytree.tree_map_only(Tensor, _with_gradient, result)
         if any(tainted):
             for _, tensor in tensors_in(result):
                 tensor._raypipe_maker = (self._mark, self._call, self._unit)  # type: ignore[attr-defined]
@@ -75,6 +91,10 @@ class Within(TorchFunctionMode):
         if maker[1] is not self._call:
             refusals.hidden(tensor, maker[2], self._unit, user_line())
         return True
+
+
+def _with_gradient(fake: Tensor) -> Tensor:
+    return fake.requires_grad_() if fake.is_floating_point() else fake
 
 
 def maker_of(tensor: Tensor, mark: object) -> str | None:
