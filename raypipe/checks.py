@@ -24,6 +24,7 @@ __all__ = [
     "refuse_changing_buffers",
     "refuse_foreign_random_numbers",
     "refuse_parameters_in_functions",
+    "refuse_untrainable",
     "try_optimizers",
 ]
 
@@ -110,6 +111,28 @@ def refuse_parameters_in_functions(options: Options) -> None:
             ) from None
         except Exception:  # what cannot be pickled is refused, by name, where it has to be
             continue
+
+
+def refuse_untrainable(model: nn.Module) -> None:
+    """Refuses a model of which nothing is trained, and hooks on the gradients of single parameters.
+
+    Stages hold copies of parameters, which PyTorch makes without their hooks; and a hook would see the gradient of
+    each microbatch instead of the batch's.
+
+    Raises:
+        ValueError: no parameter requires a gradient, or one has such a hook.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the model requires a gradient, so there is nothing to train; call requires_grad_(True) on "
+            "the part to train, or use predict"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"{name} has a hook on its gradient, which would run once a microbatch and not once a batch; remove it "
+                "and let optimizer return one that changes gradients in its step, or mask the weight in the forward"
+            )
 
 
 class _FoundError(Exception):

@@ -16,6 +16,7 @@ from raypipe.checks import (
     refuse_changing_buffers,
     refuse_foreign_random_numbers,
     refuse_parameters_in_functions,
+    refuse_untrainable,
     try_optimizers,
 )
 from raypipe.data.wire import Wire, pack, unpack
@@ -179,6 +180,8 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     layout = find_layout(batch, options.batch_dims)
     samples = layout.samples(batch)
     microbatches = layout.split(batch, options.most_microbatches)
+    if training:
+        refuse_untrainable(model)
     skeleton = make_skeleton(model, options.units)
     if not (training and skeleton.model.training):  # a root in train mode keeps its submodules' own modes
         skeleton.model.train(training)

@@ -14,6 +14,7 @@ from raypipe.driver.controller import Controller
 from raypipe.driver.gang import Gang
 from raypipe.driver.local import LocalGang
 from raypipe.driver.results import Results
+from raypipe.errors import BatchError
 from raypipe.model.build import dump
 from raypipe.observe.progress import Progress
 from raypipe.observe.timeline import draw_planned_and_measured
@@ -64,7 +65,9 @@ class Run:
                 self._controller.train(
                     self._remembered(feed), on_step, pause_after=self._due, on_pause=self._evaluate_if_due
                 )
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, BatchError):  # a batch that a step refused is consumed
+                self.cursor = self._cursors.get(self._controller.step - 1, self.cursor)
             with contextlib.suppress(OSError):
                 self._results.log_last()
                 self._results.write(None)

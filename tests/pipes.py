@@ -102,9 +102,11 @@ class Pipe:
             if chunk == len(self.slices) - 1:
                 roots = [loss := self.caller.loss_of(outputs, own)]
             kept.append((planned, leaves, roots))
-        gradients = [torch.ones_like(loss)]
+        gradients: list[Tensor | None] = [torch.ones_like(loss)]
         for chunk, (planned, leaves, roots) in reversed(list(enumerate(kept))):
-            torch.autograd.backward(roots, gradients)
+            reached = [(r, g) for r, g in zip(roots, gradients, strict=True) if g is not None]
+            if reached:
+                torch.autograd.backward(*zip(*reached, strict=True))
             message = [t.clone() for t in planned.boundaries[chunk].pack_gradients(leaves)]
             gradients = planned.boundaries[chunk].unpack_gradients(message)
         return loss.detach(), self._gradients()

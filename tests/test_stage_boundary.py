@@ -49,11 +49,29 @@ def test_leaves_collect_gradients_and_what_is_changed_in_place_is_no_leaf() -> N
     assert torch.equal(three, torch.full((4, WIDTH), 3.0))
 
 
-def test_a_leaf_that_no_gradient_reached_sends_zeros() -> None:
+def test_a_leaf_that_no_gradient_reached_is_told_from_one_of_zeros() -> None:
     message = [torch.randn(s.shape).to(s.dtype) for s in boundary().specs]
-    leaves, _ = boundary().unpack(message, training=True)
-    assert all(not t.any() for t in boundary().pack_gradients(leaves))
-    assert len(boundary().gradient_specs) == 2
+    leaves, (turned, _, _) = boundary().unpack(message, training=True)
+    (turned * 0).sum().backward()
+    sent = boundary().pack_gradients(leaves)
+    assert [(tuple(t.shape), t.dtype) for t in sent] == [(s.shape, s.dtype) for s in boundary().gradient_specs]
+    zeros, none = boundary().unpack_gradients(sent)
+    assert zeros is not None
+    assert not zeros.any()
+    assert none is None
+
+
+def test_no_gradient_goes_where_nothing_is_trained() -> None:
+    """A hook may make a frozen embedding's result require one, which reentrant checkpointing needs."""
+    recording = recorded(Stack(spread), batch())
+    before = boundaries(recording, (1,), recording.calls[1])[1]
+    message = [torch.randn(s.shape).to(s.dtype) for s in before.specs]
+    leaves, _ = before.unpack(message, training=True)
+    assert len(leaves) == 2
+    assert before.gradient_specs == ()
+    assert before.pack_gradients(leaves) == before.unpack_gradients([]) == []
+    assert before.roots([leaves[0], message[1], leaves[1]]) == []
+    assert boundaries(recording, (1,), recording.calls[1] - 1)[1].gradient_specs
 
 
 def test_a_gradient_that_was_not_planned_is_refused() -> None:

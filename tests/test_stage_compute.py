@@ -40,7 +40,7 @@ def test_forwards_and_backwards_of_two_microbatches() -> None:
     assert (one.in_flight, two.in_flight) == (2, 2)
     for microbatch in (0, 1):
         message = two.backward(1, microbatch, [])
-        assert len(message) == len(one.specs(Message(1, microbatch, True))) == 1
+        assert len(message) == len(one.specs(Message(1, microbatch, True))) == 2  # with the flags
         assert one.backward(0, microbatch, message) == []
     assert (one.in_flight, two.in_flight) == (0, 0)
     loss, gradients = unsplit(Stack(chain), batch())
@@ -61,9 +61,29 @@ def test_a_microbatch_that_weighs_nothing_sends_zeros_back() -> None:
     received = [torch.randn(s.shape) for s in two.specs(Message(0, 0, False))]
     weights = iter([0.0])
     two.forward(1, 0, received)
-    (gradient,) = two.backward(1, 0, [])
+    gradient, there = two.backward(1, 0, [])
     assert not gradient.any()
-    assert all(parameter.grad is None for parameter in pipe.slices[1].parameters.values())
+    assert there.tolist() == [True]
+    assert all(p.grad is not None and not p.grad.any() for p in pipe.slices[1].parameters.values())
+
+
+def test_a_loss_that_reaches_nothing_before_it_sends_no_gradient_back() -> None:
+    def run(model: Any, x: Tensor) -> Tensor:
+        for block in model.blocks[:3]:
+            x = block(x)
+        return model.blocks[3](x.detach())  # type: ignore[no-any-return]
+
+    given = batch()
+    microbatches = find_layout(given).split(given, 1)
+    pipe = Pipe(Stack(run), given, 2)
+    losses = Losses(LossRule(Rule.SAMPLES), pipe.caller, microbatches)
+    one, two = (TrainComputer(piece, microbatches, 0, 0, 0, losses) for piece in pipe.slices)
+    two.forward(1, 0, one.forward(0, 0, []))
+    sent = two.backward(1, 0, [])
+    assert sent[-1].tolist() == [False]
+    one.backward(0, 0, sent)
+    held = [p.grad is None for piece in pipe.slices for name, p in piece.parameters.items() if "blocks.3" not in name]
+    assert held == [True] * 6
 
 
 def test_prediction_keeps_the_last_stages_outputs_and_no_graph() -> None:

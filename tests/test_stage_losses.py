@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raypipe.errors import BatchError
 from raypipe.model.call import Caller
 from raypipe.model.microbatch import Microbatch, find_layout
 from raypipe.model.weights import LossRule, Rule
@@ -33,9 +32,9 @@ def test_the_batchs_loss_and_gradient(rule: LossRule) -> None:
     losses = Losses(rule, Caller(), microbatches)
     for number, microbatch in enumerate(microbatches):
         loss = losses.forward(number, lambda batch=microbatch.batch: loss_of(batch))
-        assert (loss is None) == (number == 2)  # no valid target: it weighs nothing
-        if loss is not None:
-            loss.backward(losses.gradient(number, loss))
+        assert loss is not None
+        assert loss.isnan() == (number == 2)  # no valid target: it weighs nothing
+        losses.backward(number, loss)
     assert losses.loss() == pytest.approx(whole.item(), rel=1e-6)
     assert losses.evaluated() == (losses.loss(), 5)
     assert losses.total() == (5 if rule.weight is Rule.TARGETS else 1)
@@ -50,7 +49,9 @@ def test_samples_and_sum() -> None:
         for number in range(3):
             loss = losses.forward(number, lambda: torch.tensor(2.0, requires_grad=True))
             assert loss is not None
-            assert losses.gradient(number, loss).item() == pytest.approx(gradient)
+            losses.backward(number, loss)
+            assert loss.grad is not None
+            assert loss.grad.item() == pytest.approx(gradient)
         assert losses.loss() == pytest.approx(2.0 if rule is Rule.SAMPLES else 6.0)
         assert losses.evaluated()[1] == weight
 
@@ -58,7 +59,18 @@ def test_samples_and_sum() -> None:
 def test_a_batch_without_targets_is_refused() -> None:
     _, microbatches = cut([[-100, -100]] * 2)
     losses = Losses(LossRule(Rule.TARGETS), Caller(), microbatches)
-    assert losses.forward(0, lambda: loss_of(microbatches[0].batch)) is None
-    with pytest.raises(BatchError, match="no microbatch of the batch has a valid target"):
-        losses.total()
+    losses.forward(0, lambda: loss_of(microbatches[0].batch))
+    assert "no microbatch of the batch has a valid target" in (losses.refusal() or "")
+    weightless = Losses(LossRule(lambda batch: 0.0), Caller(), microbatches)
+    weightless.forward(0, lambda: loss_of(microbatches[0].batch))
+    assert (weightless.divisor, weightless.refusal()) == (0.0, losses.refusal())
     assert losses.evaluated()[1] == 0
+
+
+def test_a_loss_without_gradient_is_refused() -> None:
+    _, microbatches = cut([[0, 1]] * 2)
+    losses = Losses(LossRule(Rule.SAMPLES), Caller(), microbatches)
+    assert losses.forward(0, lambda: torch.tensor(2.0)) is None
+    assert losses.refusal() is None
+    with pytest.raises(ValueError, match="the loss does not require a gradient"):
+        losses.total()

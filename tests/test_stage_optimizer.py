@@ -36,7 +36,7 @@ def finish(
         made = StageOptimizer(
             rank, parameters, gradients, sgd, None, options.get("max_norm"), None if known else len(ranks) - 1
         )
-        works[rank] = made.finish(hub.transport(rank), divisor if rank == len(ranks) - 1 else 1.0)
+        works[rank] = made.finish(hub.transport(rank), divisor if known or rank == len(ranks) - 1 else 1.0)
     waiting: dict[int, Any] = {}
     while works:
         for rank, work in list(works.items()):
@@ -82,6 +82,16 @@ def test_a_stage_without_trainable_parameters_takes_part() -> None:
     gradients = Gradients(owned=((), ("c",)), order=("c",))
     updates = finish([{"a": frozen}, {"c": parameter([2.0, 0.0])}], gradients, divisor=4.0, max_norm=1.0)
     assert (updates[0].lr, updates[0].norms.tolist(), updates[1].norms.tolist()) == ((), [], [2.0])
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("known", [True, False], ids=["known-to-all", "told"])
+def test_a_refused_batch_changes_nothing(known: bool, max_norm: float | None) -> None:
+    ranks = [{"a": parameter([3.0, 0.0]), "b": parameter(None)}, {"a": parameter(None), "c": parameter([2.0, 0.0])}]
+    updates = finish(ranks, SHARED, divisor=0.0, known=known, max_norm=max_norm)
+    assert [update.lr for update in updates] == [(), ()]
+    for held in ranks:
+        assert all(p.grad is None and not p.any() for p in held.values())
 
 
 def made_with(make: Any, scheduler: Any = None) -> StageOptimizer:

@@ -64,14 +64,23 @@ class Controller:
 
         Raises:
             StageError: a step failed, or the data's own code did; steps before that were taken first.
+            BatchError: a batch was refused. It changed nothing, and what was queued behind it is trained on.
             RaypipeError: see ``Gang.wait``.
         """
         queued: deque[tuple[Draw, int | None, Pending]] = deque()
 
         def take(left: int) -> None:
-            while len(queued) > left:
+            refused: BatchError | None = None
+            while len(queued) > (0 if refused else left):  # the ranks have what is queued, and will train on it
                 draw, tokens, pending = queued.popleft()
-                on_step({"epoch": draw.epoch, **self._metrics(pending, tokens)})
+                try:
+                    metrics = self._metrics(pending, tokens)
+                except BatchError as error:
+                    refused = refused or error
+                else:
+                    on_step({"epoch": draw.epoch, **metrics})
+            if refused is not None:
+                raise refused
 
         reader = iter(draws)
         for number in itertools.count(self.step):
@@ -121,12 +130,19 @@ class Controller:
             for batch in _read(batches, self.step):
                 queued.append(self._gang.forward_step(self.step, self._put(batch), kind))
                 if len(queued) > AHEAD:
-                    yield self._gang.wait(queued.popleft())[-1]
+                    yield self._last(queued.popleft())
             while queued:
-                yield self._gang.wait(queued.popleft())[-1]
+                yield self._last(queued.popleft())
         finally:  # the caller may have enough
             for pending in queued:
                 self._gang.drop(pending)
+
+    def _last(self, pending: Pending) -> ForwardReport:
+        """The last stage's report."""
+        report: ForwardReport = self._gang.wait(pending)[-1]
+        if report.refused is not None:
+            raise BatchError(report.refused)
+        return report
 
     def _put(self, batch: Any) -> Any:
         self._admit(batch)
@@ -135,6 +151,9 @@ class Controller:
     def _metrics(self, pending: Pending, tokens: int | None) -> dict[str, Any]:
         self.reports = self._gang.wait(pending)
         self.step = pending.step + 1
+        refused = next((report.refused for report in self.reports if report.refused), None)
+        if refused is not None:
+            raise BatchError(refused)
         metrics = step_metrics(self.reports, self._gradients)
         return metrics if tokens is None else {**metrics, "tokens": tokens}
 

@@ -3,6 +3,9 @@
 A message is contiguous. A transposed tensor (channels last, attention heads) goes in the order of its memory and is
 seen through its own strides again on the other side: kernels choose their path by strides, and equal strides give equal
 bits.
+
+A message of gradients ends with a flag for each: whether one came at all. What no gradient reaches must stay without
+one, since a gradient of zeros is something else to weight decay and momentum.
 """
 
 from __future__ import annotations
@@ -22,17 +25,24 @@ __all__ = ["Boundary", "boundaries"]
 class Boundary:
     """The values of one cut, and how they travel.
 
-    Attributes: ``specs`` of the tensors that go forward; ``gradient_specs`` of those that come back.
+    Args:
+        recording: that the values are of.
+        values: alive at the cut.
+        changed: storages that are changed in place after it.
+        trained: whether a trainable parameter was read before it; else nobody asks for gradients.
+
+    Attributes: ``specs`` of the tensors that go forward; ``gradient_specs`` of those that come back, flags last.
     """
 
-    def __init__(self, recording: Recording, values: Sequence[Value], changed: set[int]) -> None:
-        self._recording, self._values = recording, tuple(values)
+    def __init__(self, recording: Recording, values: Sequence[Value], changed: set[int], trained: bool) -> None:
+        self._recording, self._values, self._trained = recording, tuple(values), trained
         self._orders = tuple(_memory_order(value) for value in values)
         self._changed = tuple(value.requires_grad and value.storage in changed for value in values)
         self._any_changed = any(self._changed)
         self.specs = tuple(_packed_spec(v, order) for v, order in zip(values, self._orders, strict=True))
         self._back = tuple(order for v, order in zip(values, self._orders, strict=True) if v.requires_grad)
-        self.gradient_specs = tuple(s for v, s in zip(values, self.specs, strict=True) if v.requires_grad)
+        asked = tuple(s for v, s in zip(values, self.specs, strict=True) if v.requires_grad and trained)
+        self.gradient_specs = (*asked, TensorSpec((len(asked),), torch.bool)) if asked else ()
 
     def pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The message of the values' tensors."""
@@ -60,25 +70,40 @@ class Boundary:
                     f"{self._recording.describe(value)} {'requires' if tensor.requires_grad else 'does not require'} a "
                     "gradient, unlike when it was planned; put its maker into one unit with its users (units=[...])"
                 )
-        return [tensor for tensor in tensors if tensor.requires_grad]
+        return [tensor for tensor in tensors if tensor.requires_grad and self._trained]
 
     def pack_gradients(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """The message of the leaves' gradients; a leaf that none reached still has its place in it."""
-        return [
+        """The message of the leaves' gradients; a leaf that none reached has its place in it, as its shape is known."""
+        if not self.gradient_specs:
+            return []
+        gradients = [
             _pack(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, order)
             for leaf, order in zip(leaves, self._back, strict=True)
         ]
+        return [*gradients, torch.tensor([leaf.grad is not None for leaf in leaves])]
 
-    def unpack_gradients(self, message: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of ``roots``."""
-        return [_unpack(tensor, order) for tensor, order in zip(message, self._back, strict=True)]
+    def unpack_gradients(self, message: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of ``roots``, None for those that none reached."""
+        if not message:
+            return []
+        *gradients, there = message
+        return [
+            _unpack(tensor, order) if came else None
+            for tensor, order, came in zip(gradients, self._back, there.tolist(), strict=True)
+        ]
 
 
-def boundaries(recording: Recording, cuts: tuple[int, ...]) -> tuple[Boundary, ...]:
-    """The boundary before each chunk, and an empty one at the end."""
+def boundaries(recording: Recording, cuts: tuple[int, ...], trained: int = 0) -> tuple[Boundary, ...]:
+    """The boundary before each chunk, and an empty one at the end.
+
+    Args:
+        recording: of a microbatch's signature.
+        cuts: the unit call that each chunk but the first starts with.
+        trained: the first event that reads a trainable parameter.
+    """
     windows = recording.windows(cuts)
-    before = [Boundary(recording, w.inputs, recording.mutated_after(w.start)) for w in windows]
-    return (*before, Boundary(recording, (), set()))
+    before = [Boundary(recording, w.inputs, recording.mutated_after(w.start), trained < w.start) for w in windows]
+    return (*before, Boundary(recording, (), set(), False))
 
 
 def _pack(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:

@@ -130,10 +130,12 @@ class TrainComputer(_Computer):
         boundaries = self._planned[microbatch].boundaries
         kept = self._kept.pop((chunk, microbatch))
         if chunk == len(boundaries) - 2:
-            gradients = [self._losses.gradient(microbatch, root) for root in kept.roots]
+            for loss in kept.roots:
+                self._losses.backward(microbatch, loss)
         else:
             gradients = boundaries[chunk + 1].unpack_gradients(received)
-        if kept.roots:
-            torch.autograd.backward(kept.roots, gradients)
+            reached = [(root, g) for root, g in zip(kept.roots, gradients, strict=True) if g is not None]
+            if reached:
+                torch.autograd.backward([root for root, _ in reached], [gradient for _, gradient in reached])
         self.in_flight -= 1
         return boundaries[chunk].pack_gradients(kept.leaves)

@@ -7,12 +7,13 @@ are divided once, at the step's end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raypipe.errors import BatchError
 from raypipe.model.call import Caller
 from raypipe.model.denominators import Denominators
 from raypipe.model.microbatch import Microbatch
@@ -35,12 +36,15 @@ class Losses:
         self._losses: dict[int, Tensor] = {}
         self._weights: dict[int, float] = {}
         self._denominators: dict[int, tuple[float, ...]] = {}
-        known = rule.known_before_forward
-        self.divisor = rule.total([rule.weigh(microbatch) for microbatch in microbatches]) if known else None
+        self._trains = False
+        self.divisor: float | None = None
         """What gradients are divided by in each backward, or None where that is left to the step's end."""
+        if rule.known_before_forward:
+            weights = [rule.weigh(microbatch) for microbatch in microbatches]
+            self.divisor = rule.total(weights) if any(weights) else 0.0
 
     def forward(self, number: int, run: Callable[[], Any]) -> Tensor | None:
-        """Runs a microbatch's forward and finds its loss; None where it weighs nothing and is left out."""
+        """Runs a microbatch's forward and finds its loss; None where nothing that is trained is on its way."""
         microbatch = self._microbatches[number]
         if self._rule.needs_denominators:
             with Denominators() as seen:
@@ -51,27 +55,57 @@ class Losses:
         weight = self._rule.weigh(microbatch, self._denominators.get(number, ()))
         self._weights[number] = weight
         self._losses[number] = loss.detach()
-        return loss if weight and loss.requires_grad else None
+        self._trains |= loss.requires_grad
+        return loss if loss.requires_grad else None
 
-    def gradient(self, number: int, loss: Tensor) -> Tensor:
-        """The gradient that a microbatch's backward starts from."""
+    def backward(self, number: int, loss: Tensor) -> None:
+        """A microbatch's backward, as far as the tensors that this stage received.
+
+        One that weighs nothing gives zeros without being run: its loss may be NaN, and NaN times 0 is NaN.
+        """
         weight = self._weights[number]
-        return torch.full_like(loss, weight if self.divisor is None else weight / self.divisor)
+        if weight:
+            loss.backward(torch.full_like(loss, weight if self.divisor is None else weight / self.divisor))  # type: ignore[no-untyped-call]
+        else:
+            for leaf in _leaves_of(loss):
+                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+    def refusal(self) -> str | None:
+        """Why the batch cannot be trained on, once every forward is done; None where it can.
+
+        Its gradients are then thrown away, and the weights stay as they were.
+        """
+        try:
+            self._rule.total(self._ordered_weights())
+        except BatchError as error:
+            return str(error)
+        return self.refusal_of_terms()
+
+    def refusal_of_terms(self) -> str | None:
+        """Why no weight is right for all terms of the loss, once every forward is done; None where one is."""
+        weights = self._ordered_weights()
+        try:
+            self._rule.check(weights, [self._denominators.get(number, ()) for number in range(len(weights))])
+        except BatchError as error:
+            return str(error)
+        return None
 
     def total(self) -> float:
-        """What gradients are still to be divided by, once every forward is done."""
-        if self.divisor is not None:
-            return 1.0
-        return self._rule.total(self._ordered_weights())
-
-    def loss(self) -> float:
-        """The whole batch's loss, once every forward is done.
+        """What gradients are still to be divided by, once every forward is done.
 
         Raises:
-            BatchError: the terms of the loss average over different things.
+            ValueError: no gradient can come from any loss.
         """
+        if not self._trains:
+            raise ValueError(
+                "the loss does not require a gradient, so nothing can be trained on it: it was detached, or made under "
+                "torch.no_grad, or depends on no parameter that requires a gradient"
+            )
+        return self._rule.total(self._ordered_weights()) if self.divisor is None else 1.0
+
+    def loss(self) -> float:
+        """The whole batch's loss, once every forward is done."""
         weights = self._ordered_weights()
-        self._rule.check(weights, [self._denominators.get(number, ()) for number in range(len(weights))])
         weighted = [w * float(self._losses[number]) for number, w in enumerate(weights) if w]
         return sum(weighted) / self._rule.total(weights)
 
@@ -82,3 +116,16 @@ class Losses:
 
     def _ordered_weights(self) -> list[float]:
         return [self._weights[number] for number in range(len(self._microbatches))]
+
+
+def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors that a backward from ``loss`` would give a gradient to."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf

@@ -24,7 +24,7 @@ class Update:
     """What a step's end tells.
 
     Attributes: ``norms``, float64 of shape [owned], each owned parameter's gradient norm before clipping; ``lr`` of
-    each parameter group in this step.
+    each parameter group in this step, none where the batch was refused.
     """
 
     norms: Tensor
@@ -76,11 +76,12 @@ class StageOptimizer:
 
         Args:
             transport: of this rank.
-            divisor: what the gradients are still to be divided by, on the rank that knows it.
+            divisor: what the gradients are still to be divided by, on the rank that knows it; 0 for a batch that is
+                refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike.
         """
         yield from self._reduce_shared(transport)
         norms = torch.stack([_norm(p) for p in self._owned]).double() if self._owned else torch.zeros(0).double()
-        scale = 1.0
+        scale: float | None = 1.0
         if any(self._lengths):
             told = [float(divisor)] if self._rank == self._divisor_rank else []
             counted = norms if self._max_norm is not None else norms[:0]
@@ -88,17 +89,25 @@ class StageOptimizer:
             handle = transport.all_gather(vector, self._lengths)
             yield handle
             scale = self._scale(handle.result())
+        if scale is None or not divisor:
+            self._drop_gradients()
+            return Update(norms, ())
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, scale)
         lr = self._step()
         return Update(norms, lr)
 
-    def _scale(self, gathered: list[Tensor]) -> float:
-        """What every gradient is multiplied by: 1 / T, and the clip coefficient of ``clip_grad_norm_``."""
+    def _scale(self, gathered: list[Tensor]) -> float | None:
+        """What every gradient is multiplied by: 1 / T, and the clip coefficient of ``clip_grad_norm_``.
+
+        None where the batch was refused.
+        """
         divisor = 1.0
         if self._divisor_rank is not None:
             divisor = float(gathered[self._divisor_rank][0])
+            if not divisor:
+                return None
             gathered = [v[1:] if rank == self._divisor_rank else v for rank, v in enumerate(gathered)]
         if self._max_norm is None:
             return 1.0 / divisor
@@ -118,6 +127,10 @@ class StageOptimizer:
             yield handle
             for parameter, total, count in zip(held, sums, there.tolist(), strict=True):
                 parameter.grad = total if count else None
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _step(self) -> tuple[float, ...]:
         if self.optimizer is None:

@@ -27,6 +27,7 @@ class TrainReport:
         norms: float64 of shape [owned], of the gradients of the parameters that this rank owns.
         lr: of each of its parameter groups.
         trace: when it did what.
+        refused: why the batch was not trained on, on the last stage, else None.
     """
 
     step: int
@@ -37,6 +38,7 @@ class TrainReport:
     norms: NDArray[np.float64]
     lr: tuple[float, ...]
     trace: Trace
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class ForwardReport:
         weight: of the batch's loss among others.
         metrics: the user's, of the batch.
         outputs: the model's, packed by ``data.wire``, where predicted.
+        refused: why there is no loss, where no weight is right for all of its terms.
     """
 
     samples: int
@@ -56,3 +59,4 @@ class ForwardReport:
     weight: float = 0.0
     metrics: Mapping[str, float] | None = None
     outputs: Any = None
+    refused: str | None = None

@@ -71,6 +71,7 @@ class Slice:
         self._cuts, self._calls, self._caller = cuts, calls, caller
         self._switch = install(find_units(self.model, patterns))
         named = dict(self.model.named_parameters())
+        self._trainable = {name for name, parameter in self._twin.model.named_parameters() if parameter.requires_grad}
         self._names = {id(parameter): name for name, parameter in named.items()}
         self.parameters = {name: p for name, p in named.items() if not isinstance(p, Husk)}
         self._train_modes = [(module, module.training) for module in (*self._modules(),)]
@@ -99,7 +100,8 @@ class Slice:
                     f"the model makes {len(recording.calls)} unit calls for this batch and made {self._calls} for the "
                     "one it was planned with; put what varies into one unit with units=[...]"
                 )
-            self._planned[key] = Planned(recording, recording.windows(self._cuts), boundaries(recording, self._cuts))
+            crossing = boundaries(recording, self._cuts, self._first_trained(recording))
+            self._planned[key] = Planned(recording, recording.windows(self._cuts), crossing)
             if len(self._planned) > KEPT:
                 del self._planned[next(iter(self._planned))]
         return self._planned[key]
@@ -118,6 +120,14 @@ class Slice:
             received,
             seeds,
         )
+
+    def _first_trained(self, recording: Recording) -> int:
+        """The first event that reads a trainable parameter, or the number of events."""
+        for number, event in enumerate(recording.events):
+            inside = self._twin.unit_parameters[event.name] if event.call is not None else ()
+            if not self._trainable.isdisjoint((*event.parameters, *inside)):
+                return number
+        return len(recording.events)
 
     def _modules(self) -> list[nn.Module]:
         return [*self.model.modules(), *self._twin.model.modules()]

@@ -61,7 +61,7 @@ class StageWorker:
                 spec.optimizer,
                 spec.lr_scheduler,
                 spec.max_grad_norm,
-                None if spec.rule.known_before_forward else last,
+                last if spec.rule.needs_denominators else None,
             )
         self._is_last = rank == last
         self._program = functools.cache(self._compile)
@@ -85,9 +85,11 @@ class StageWorker:
         yield from execute(program, computer, self._channels(), self._ranks, recorder, self._activity, step)
         with self._reported(step, "optimizer"):
             self._activity.set(step, "optimizer")
-            divisor = losses.total() if self._is_last else 1.0
-            update = yield from self._waiting(self._optimizer.finish(self._channels(), divisor), step)
-            loss = losses.loss() if self._is_last else None
+            refused = losses.refusal() if self._is_last else None
+            divisor = losses.total() if self._is_last and refused is None else 1.0
+            told = 0.0 if refused is not None or losses.divisor == 0 else divisor
+            update = yield from self._waiting(self._optimizer.finish(self._channels(), told), step)
+            loss = losses.loss() if self._is_last and refused is None else None
             yield from self._waiting(self._flush(), step)
         trace = recorder.trace()
         self._activity.set(step, "idle")
@@ -100,6 +102,7 @@ class StageWorker:
             update.norms.numpy(),
             update.lr,
             trace,
+            refused,
         )
 
     def forward_step(self, step: int, batch: Wire, kind: str) -> RankWork[ForwardReport]:
@@ -182,7 +185,7 @@ class StageWorker:
         if self._spec.metrics:
             joined = join_outputs(outputs, samples)
             metrics = {name: float(metric(joined, batch)) for name, metric in self._spec.metrics.items()}
-        return ForwardReport(sum(samples), *losses.evaluated(), metrics)
+        return ForwardReport(sum(samples), *losses.evaluated(), metrics, refused=losses.refusal_of_terms())
 
     @contextmanager
     def _reported(self, step: int, word: str) -> Generator[None]:
