@@ -177,6 +177,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     refuse_parameters_in_functions(options)
     caller = Caller(options.forward, options.loss)
     batch = unpack(pack(batch))
+    caller.check(batch)  # before it is cut, so that the sentence speaks of the user's batch
     layout = find_layout(batch, options.batch_dims)
     samples = layout.samples(batch)
     microbatches = layout.split(batch, options.most_microbatches)

@@ -6,22 +6,19 @@ must say. A wrong guess here is a wrong gradient, so nothing is guessed.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from raypipe.errors import BatchError
+from raypipe.model.batch_tree import Leaf, Shape, leaves_of, lists_of
 
-__all__ = ["Leaf", "flatten", "leaf_dims", "shape_of"]
-
-Shape = tuple[int, ...]
-_PLAIN = (bool, int, float, complex, str, bytes, np.generic, enum.Enum, torch.dtype, torch.device)
+__all__ = ["leaf_dims"]
 
 
 class _Auto(enum.Enum):
@@ -31,37 +28,6 @@ class _Auto(enum.Enum):
 
 
 _AUTO = _Auto.AUTO
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """A leaf of a batch and the keys that lead to it."""
-
-    keys: tuple[Any, ...]
-    value: Any
-
-    @property
-    def path(self) -> str:
-        """What a person reads: ``position_ids``, ``[0]['mask']``."""
-        if not self.keys:
-            return "the batch"
-        return str(self.keys[0]) if len(self.keys) == 1 and isinstance(self.keys[0], str) else _brackets(self.keys)
-
-    @property
-    def shape(self) -> Shape | None:
-        return shape_of(self.value)
-
-
-def shape_of(value: Any) -> Shape | None:
-    """The shape of a tensor or array, [length] of a list of plain values, None of anything else."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return tuple(value.shape)
-    return (len(value),) if isinstance(value, (list, tuple)) else None
-
-
-def flatten(batch: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of a batch and its structure; a list of plain values (strings, numbers) is one leaf."""
-    return pytree.tree_flatten(_as_dicts(batch), is_leaf=_is_rows)
 
 
 def leaf_dims(
@@ -74,15 +40,23 @@ def leaf_dims(
     Raises:
         BatchError: it is uncertain, or ``batch_dims`` does not fit the batch.
     """
-    pairs, _ = pytree.tree_flatten_with_path(_as_dicts(batch), is_leaf=_is_rows)
-    leaves = [Leaf(tuple(_plain_key(key) for key in keys), value) for keys, value in pairs]
+    leaves = leaves_of(batch)
     told = [
         (known or {}).get((leaf.path, None if leaf.shape is None else len(leaf.shape)), said) if said is _AUTO else said
         for leaf, said in zip(leaves, _told(leaves, batch_dims), strict=True)
     ]
     size = _batch_size(leaves, told)
     whole = [leaf.shape for leaf in leaves if isinstance(leaf.value, (torch.Tensor, np.ndarray))]
-    return leaves, [_dim(leaf, said, size, whole) for leaf, said in zip(leaves, told, strict=True)]
+    dims = [_dim(leaf, said, size, whole) for leaf, said in zip(leaves, told, strict=True)]
+    guessed = {leaf.keys for leaf, said, dim in zip(leaves, told, dims, strict=True) if said is _AUTO and dim is None}
+    for keys, kind in lists_of(batch, size):
+        if any(leaf_keys[: len(keys)] == keys for leaf_keys in guessed):
+            raise BatchError(
+                f"{Leaf(keys, None).path} is a list of {size} {kind}s, as many as the batch has samples, and lists of "
+                f"{kind}s are not cut into microbatches: give one padded tensor or one flat list of strings, or say "
+                f"{_hint(Leaf(keys, None), None)} where every microbatch shares it whole"
+            )
+    return leaves, dims
 
 
 def _dim(leaf: Leaf, said: int | _Auto | None, size: int, whole: Sequence[Shape | None]) -> int | None:
@@ -91,11 +65,8 @@ def _dim(leaf: Leaf, said: int | _Auto | None, size: int, whole: Sequence[Shape 
         return said
     shape = leaf.shape
     if shape is None:
-        if leaf.value is not None and not isinstance(leaf.value, _PLAIN):
-            raise BatchError(
-                f"{leaf.path} is a {type(leaf.value).__name__}, which cannot be cut into microbatches: give tensors, "
-                f"or {_hint(leaf, None)} where every microbatch shares it whole"
-            )
+        if leaf.is_opaque:
+            raise _opaque(leaf)
         return None
     if isinstance(leaf.value, (list, tuple)):
         if shape[0] != size or all(isinstance(row, str) for row in leaf.value):
@@ -122,7 +93,11 @@ def _batch_size(leaves: Sequence[Leaf], told: Sequence[int | _Auto | None]) -> i
     if not sizes:
         free = [leaf for leaf, said in zip(leaves, told, strict=True) if said is _AUTO and leaf.shape]
         tensors = [leaf for leaf in free if not isinstance(leaf.value, (list, tuple))]
+        tensors = [leaf for leaf in tensors if not leaf.is_listed] or tensors
         votes = Counter(leaf.shape[0] for leaf in tensors or free if leaf.shape).most_common()
+        for leaf, said in zip(leaves, told, strict=True):
+            if not votes and said is _AUTO and leaf.is_opaque:
+                raise _opaque(leaf)
         if not votes:
             raise BatchError(
                 "the batch has no tensor with a batch dimension: give a dict, a pair or another tree of tensors"
@@ -199,6 +174,16 @@ def _uncertain(leaf: Leaf, size: int, dim: int, why: str) -> BatchError:
     )
 
 
+def _opaque(leaf: Leaf) -> BatchError:
+    kind = type(leaf.value).__name__
+    register = f"register {kind} with torch.utils._pytree.register_dataclass in the module that defines it"
+    return BatchError(
+        f"{leaf.path} is a {kind}, which cannot be cut into microbatches: give tensors, "
+        + (f"{register}, " if dataclasses.is_dataclass(leaf.value) else "")
+        + f"or {_hint(leaf, None)} where every microbatch shares it whole"
+    )
+
+
 def _hint(leaf: Leaf, dim: int | None) -> str:
     text = repr(dim)
     for key in reversed(leaf.keys):
@@ -208,26 +193,3 @@ def _hint(leaf: Leaf, dim: int | None) -> str:
 
 def _listed(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{path} {size}" for path, size in sizes.items())
-
-
-def _brackets(keys: Sequence[Any]) -> str:
-    return "".join(f"[{key!r}]" for key in keys)
-
-
-def _plain_key(key: Any) -> Any:
-    """The dict key, index or attribute name in a pytree key."""
-    for name in ("key", "idx", "name"):
-        if hasattr(key, name):
-            return getattr(key, name)
-    return str(key)
-
-
-def _as_dicts(batch: Any) -> Any:
-    """Tokenizers give mappings that pytrees do not know (UserDict): at the top and in a pair they become dicts."""
-    if isinstance(batch, (tuple, list)) and type(batch) in (tuple, list):
-        return type(batch)(_as_dicts(part) if isinstance(part, Mapping) else part for part in batch)
-    return dict(batch) if isinstance(batch, Mapping) and type(batch) not in pytree.SUPPORTED_NODES else batch
-
-
-def _is_rows(node: Any) -> bool:
-    return isinstance(node, (list, tuple)) and len(node) > 0 and all(isinstance(row, _PLAIN) for row in node)

@@ -15,7 +15,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from raypipe.errors import BatchError
-from raypipe.model.batch_dims import flatten, leaf_dims, shape_of
+from raypipe.model.batch_dims import leaf_dims
+from raypipe.model.batch_tree import flatten, shape_of
 
 __all__ = ["BatchLayout", "LayoutCache", "Microbatch", "find_layout"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from raypipe.model.batch_dims import flatten
+from raypipe.model.batch_tree import flatten
 from raypipe.model.microbatch import BatchLayout
 
 __all__ = ["shortened"]
