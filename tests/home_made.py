@@ -193,3 +193,14 @@ def a_block_whose_result_is_thrown_away() -> Case:
         return model.blocks[3](model.blocks[2](h).tanh())  # type: ignore[no-any-return]
 
     return stack(run)
+
+
+@case
+def a_gradient_that_is_cut_off() -> Case:
+    """No gradient reaches the first two blocks, though they compute."""
+
+    def run(model: Any, x: Tensor) -> Tensor:
+        h = model.blocks[1](model.blocks[0](x).tanh()).detach()
+        return model.blocks[3](model.blocks[2](h).tanh()) + h  # type: ignore[no-any-return]
+
+    return stack(run)

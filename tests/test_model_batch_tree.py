@@ -22,7 +22,10 @@ def test_leaves_have_the_order_of_flatten_and_keys_that_lead_to_them():
     batch = (UserDict(b=T, a={"deep": UserDict(c=[T, 1])}), ["one", "two"])
     leaves = leaves_of(batch)
     assert [leaf.keys for leaf in leaves] == [(0, "b"), (0, "a", "deep", "c", 0), (0, "a", "deep", "c", 1), (1,)]
-    assert all(leaf.value is value for leaf, value in zip(leaves, flatten(batch)[0], strict=True))
+    found, structure = flatten(batch)
+    assert [leaf.value for leaf in leaves] == [found[0], *found[1:]]
+    assert found[0] is T
+    assert structure.num_leaves == 4
     assert leaves[1].path == "[0]['a']['deep']['c'][0]"
     assert Leaf((), 0).path == "the batch"
     assert Leaf(("x",), 0).path == "x"
