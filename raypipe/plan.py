@@ -20,6 +20,7 @@ from raypipe.checks import (
     try_optimizers,
 )
 from raypipe.data.wire import Wire, pack, unpack
+from raypipe.errors import BatchError
 from raypipe.model.build import Skeleton, make_skeleton
 from raypipe.model.call import Caller
 from raypipe.model.husk import names_of, replace_tensors
@@ -231,7 +232,12 @@ def _find_rule(model: nn.Module, caller: Caller, batch: Any, layout: BatchLayout
     copy = replace_tensors(model, {id(tensor): tensor for tensor in tensors})
     if not copy.training:
         copy.train()
-    return find_rule(copy, caller, batch, layout, options.microbatch_weight)
+    try:
+        return find_rule(copy, caller, batch, layout, options.microbatch_weight)
+    except BatchError:
+        if options.most_microbatches > 1:
+            raise
+        return LossRule.given("samples")  # a batch that is never cut needs no rule; an evaluation weighs batches so
 
 
 def _build(spec: PipelineSpec, rank: int, tensors: Wire) -> StageWorker:

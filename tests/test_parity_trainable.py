@@ -151,7 +151,9 @@ def assert_trains_alike(model: nn.Module, given: list[Any], stages: int, **optio
     assert_same(found, wanted, model)
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "stages", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_in_part_is_that_of_the_unsplit_model(name: str, stages: int) -> None:
     for optimizer, schedule in ((sgd, "gpipe"), (adamw, "1f1b")):

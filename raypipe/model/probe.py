@@ -10,7 +10,10 @@ A rule is right if it makes the joined loss from the separate ones, in every tri
 3. Else with masks, labels and numbers of one piece cut short, so that a mean made by hand over a mask does not pass
    for one over samples because the first batch happened to be full. A trial that the model cannot run is left out.
 
-What cannot be known: a term that is smaller than the tolerance beside the others, or that shows in later batches only.
+A term may be smaller than the tolerance beside the others. Where PyTorch's loss functions are the main part, the second
+trial shows it at its own size; where all is made by hand, the gradients are compared too (``gradient_check``).
+
+What cannot be known: a term that shows in later batches only, or below 1e-4 of every gradient.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch import nn
 
 from raypipe.errors import BatchError
 from raypipe.model.call import Caller
+from raypipe.model.gradient_check import check_gradients
 from raypipe.model.microbatch import BatchLayout
 from raypipe.model.shorten import shortened
 from raypipe.model.trial_run import Observe, Observed, in_process, tolerance_of
@@ -34,6 +38,7 @@ from raypipe.model.weights import LossRule, Rule
 
 __all__ = ["find_rule", "probe"]
 
+_FINE = 1e-4  # rounding of losses under which gradients are worth comparing
 _ALIKE = 1e-2  # losses that differ by less, relatively, do not tell rules apart
 
 
@@ -94,8 +99,8 @@ def find_rule(
 ) -> LossRule:
     """The rule that reproduces the batch's loss; ``microbatch_weight``, where given, is taken at its word.
 
-    Runs forwards of up to three samples on the model itself, and leaves its parameters, buffers, modes and the random
-    states as they were. An exception of the model comes out as itself.
+    Runs forwards (for a loss made by hand backwards too) of up to three samples on the model itself, and leaves its
+    parameters, buffers, modes and the random states as they were. An exception of the model comes out as itself.
 
     Raises:
         BatchError: no rule makes the joined loss from the separate ones.
@@ -103,7 +108,13 @@ def find_rule(
     """
     if microbatch_weight is not None:
         return LossRule.given(microbatch_weight)
-    return probe(in_process(model, caller), batch, layout, tolerance_of(model))
+    tolerance = tolerance_of(model)
+    rule = probe(in_process(model, caller), batch, layout, tolerance)
+    if rule.weight is not Rule.TARGETS and not rule.watched and tolerance <= _FINE:
+        chosen = layout.select(batch, _telling_samples(batch, layout))
+        for samples in (chosen, *shortened(chosen, layout)):
+            check_gradients(model, caller, samples, layout, rule)
+    return rule
 
 
 def probe(observe: Observe, batch: Any, layout: BatchLayout, tolerance: float = 2e-5) -> LossRule:
@@ -133,7 +144,7 @@ def probe(observe: Observe, batch: Any, layout: BatchLayout, tolerance: float = 
             ones = try_once(chosen, faked=1.0, shaken=shaken)
             _check_linear(rest, ones, observe(chosen, faked=2.0, shaken=shaken).loss, plain, tolerance)
             if Rule.TARGETS in rules and rest.spread() <= tolerance:
-                return LossRule(Rule.TARGETS)
+                return _by_targets(plain)
         rules = _fitting(rules, rest, tolerance, "with zero in the place of PyTorch's loss functions")
     for changed in shortened(chosen, layout):
         trial = _try_or_none(try_once, changed, faked=0.0 if used else None, shaken=shaken)
@@ -141,7 +152,15 @@ def probe(observe: Observe, batch: Any, layout: BatchLayout, tolerance: float = 
             rules = _fitting(rules, trial, tolerance, "with a sample's masks, labels or numbers cut short")
     # Samples before targets: were both right so far, the samples are checked against the targets in every batch.
     best = next(rule for rule in (Rule.SAMPLES, Rule.TARGETS, Rule.SUM) if rule in rules)
-    return LossRule(best, watched=used and best is Rule.SAMPLES)
+    return _by_targets(plain) if best is Rule.TARGETS else LossRule(best, watched=used and best is Rule.SAMPLES)
+
+
+def _by_targets(plain: _Trial) -> LossRule:
+    """That rule; refused where it already shows that loss functions average over different things."""
+    rule = LossRule(Rule.TARGETS)
+    rows = [piece.denominators for piece in plain.pieces]
+    rule.check([row[0] for row in rows], rows)
+    return rule
 
 
 def _first_trial(try_once: _Try, chosen: Any, tolerance: float) -> tuple[_Trial, bool]:
