@@ -291,6 +291,20 @@ def test_a_table_that_the_first_block_makes_for_all() -> None:
     assert_exact(Stack(run, lambda: Rotating(WIDTH, WIDTH)), batch())
 
 
+def test_values_in_objects_that_the_forward_returns() -> None:
+    """An early value comes to the last stage, though PyTorch cannot look into the object."""
+
+    class Model(Stack):
+        def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+            first = self.blocks[0](x)
+            return {"loss": F.mse_loss(chain(self, first), y), "held": [Holder(first)]}
+
+    pipe = Pipe(Model(chain), batch(), 3)
+    model = Model(chain)
+    found = pipe.predict(batch())["held"][0].h
+    torch.testing.assert_close(found, model.blocks[0](batch()["x"]).detach())
+
+
 def test_units_that_fakes_cannot_follow() -> None:
     class Routed(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -179,8 +179,12 @@ class _Recorder(Watch):
             elif isinstance(leaf, Tensor):
                 if self.twin.is_fake(leaf) and id(leaf) not in self.parameters:
                     self._refuse_hidden(leaf, "the model's output")
-            elif any(self.twin.is_fake(t) and id(t) not in self.numbers for t in held_by(leaf)):
-                self.recording.withheld += (number,)
+            else:
+                held = [tensor for tensor in held_by(leaf) if self.twin.is_fake(tensor)]
+                if all(id(tensor) in self.numbers for tensor in held):
+                    self.recording.returned += tuple(self.numbers[id(tensor)] for tensor in held)
+                else:
+                    self.recording.withheld += (number,)
 
     def _sources(self, found: Mapping[Path, Tensor], name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Numbers of the values, and names of the parameters, among an event's arguments."""

@@ -20,7 +20,7 @@ from raypipe.model.functions import SHAPES, changes_in_place, function_name
 from raypipe.model.intercept import Switch, Watch
 from raypipe.model.recording import Constant, Event, New, Recording, Same, Window
 from raypipe.model.seeds import Seeds, pass_by, run_keyed
-from raypipe.model.trees import at_path, tensors_in
+from raypipe.model.trees import at_path, held_by, tensors_in
 
 __all__ = ["Seeds", "replay"]
 
@@ -213,13 +213,10 @@ class _Replay(Watch):
         if outputs is None:
             return None
         leaves, tree = pytree.tree_flatten(outputs)
-        if FakeTensor in map(type, leaves):
+        leaves = [None if number in self.recording.withheld else leaf for number, leaf in enumerate(leaves)]
+        if any(type(tensor) is FakeTensor for leaf in leaves for tensor in held_by(leaf)):
             self._refuse_placeholder()
-        if not self.recording.withheld:
-            return outputs
-        return pytree.tree_unflatten(
-            [None if number in self.recording.withheld else leaf for number, leaf in enumerate(leaves)], tree
-        )
+        return pytree.tree_unflatten(leaves, tree) if self.recording.withheld else outputs
 
     def _refuse_placeholder(self) -> NoReturn:
         """A value is used that was not known to be used here, so it never came."""

@@ -19,6 +19,7 @@ from raypipe.model.build import Skeleton, materialise
 from raypipe.model.call import Caller
 from raypipe.model.husk import Husk
 from raypipe.model.intercept import install
+from raypipe.model.join import shapes_of
 from raypipe.model.record import record
 from raypipe.model.recording import Recording, Window
 from raypipe.model.replay import Seeds, replay
@@ -128,6 +129,21 @@ class Slice:
             if not self._trainable.isdisjoint((*event.parameters, *inside)):
                 return number
         return len(recording.events)
+
+    def output_shapes(self, batch: Any) -> list[tuple[int, ...] | None]:
+        """The shape of each tensor that the model returns for this microbatch; see ``model.join.shapes_of``.
+
+        Empty where fakes cannot follow the forward to its end.
+        """
+        own, shapes = pytree.tree_map_only(Tensor, torch.clone, batch), []
+
+        def forward(model: nn.Module) -> Any:
+            outputs = self._caller.outputs(model, own)
+            shapes.extend(shapes_of(outputs))
+            return outputs
+
+        record(self._twin, forward)
+        return shapes
 
     def _modules(self) -> list[nn.Module]:
         return [*self.model.modules(), *self._twin.model.modules()]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from raypipe.data.wire import Wire, pack, unpack
-from raypipe.errors import PeerLost, RaypipeError, StageError
+from raypipe.errors import BatchError, PeerLost, RaypipeError, StageError
 from raypipe.model.build import held_state
-from raypipe.model.join import join_outputs
 from raypipe.model.microbatch import LayoutCache, Microbatch
 from raypipe.observe.events import Recorder
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.executor import Activity, execute
 from raypipe.stage.losses import Losses
 from raypipe.stage.optimizer import StageOptimizer
+from raypipe.stage.outputs import Outputs
 from raypipe.stage.program import Program, compile_program
 from raypipe.stage.protocol import Progress, RankWork
 from raypipe.stage.report import ForwardReport, TrainReport
@@ -51,6 +51,7 @@ class StageWorker:
         self._activity = Activity()
         self._layouts = LayoutCache(spec.layout, spec.batch_dims)
         self._slice = Slice(spec.skeleton, tensors, spec.units, spec.cuts, spec.calls, spec.caller)
+        self._outputs = Outputs(self._slice)
         placement = spec.schedule(spec.microbatches)
         last = self._ranks[placement.stage_of(placement.chunks - 1)]
         with self._reported(-1, "optimizer"):
@@ -178,14 +179,18 @@ class StageWorker:
     def _reported_outputs(
         self, batch: Any, microbatches: Sequence[Microbatch], outputs: Sequence[Any], losses: Losses | None
     ) -> ForwardReport:
-        samples = [m.samples for m in microbatches]
+        samples = sum(m.samples for m in microbatches)
+        joined, metrics = None, {}
+        if losses is None or self._spec.metrics:
+            try:
+                joined = self._outputs.join(batch, self._layouts.find(batch), microbatches, outputs)
+            except BatchError as error:  # no reason to lose the ranks, and what they have learnt
+                return ForwardReport(samples, refused=str(error))
         if losses is None:
-            return ForwardReport(sum(samples), outputs=pack(join_outputs(outputs, samples)))
-        metrics = {}
+            return ForwardReport(samples, outputs=pack(joined))
         if self._spec.metrics:
-            joined = join_outputs(outputs, samples)
             metrics = {name: float(metric(joined, batch)) for name, metric in self._spec.metrics.items()}
-        return ForwardReport(sum(samples), *losses.evaluated(), metrics, refused=losses.refusal_of_terms())
+        return ForwardReport(samples, *losses.evaluated(), metrics, refused=losses.refusal_of_terms())
 
     @contextmanager
     def _reported(self, step: int, word: str) -> Generator[None]:
