@@ -114,13 +114,13 @@ def refuse_parameters_in_functions(options: Options) -> None:
 
 
 def refuse_untrainable(model: nn.Module) -> None:
-    """Refuses a model of which nothing is trained, and hooks on gradients.
+    """Refuses a model of which nothing is trained, and hooks on the gradients of single parameters.
 
-    Stages hold copies of parameters, which PyTorch makes without their hooks; and a hook, a module's too, would see the
-    gradient of each microbatch instead of the batch's.
+    Stages hold copies of parameters, which PyTorch makes without their hooks; and a hook would see the gradient of
+    each microbatch instead of the batch's.
 
     Raises:
-        ValueError: no parameter requires a gradient, or one or a module has such a hook.
+        ValueError: no parameter requires a gradient, or one has such a hook.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
@@ -132,13 +132,6 @@ def refuse_untrainable(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} has a hook on its gradient, which would run once a microbatch and not once a batch; remove it "
                 "and let optimizer return one that changes gradients in its step, or mask the weight in the forward"
-            )
-    for name, module in model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            raise ValueError(
-                f"{name or 'the model'} has a backward hook, which would see a microbatch's gradient, not yet divided "
-                "by the batch's targets; remove it, and change gradients in the optimizer's step or with "
-                "max_grad_norm"
             )
 
 

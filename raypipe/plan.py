@@ -7,14 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from raypipe.accounting import StagePlan, in_flight, observed, sizes_of, stage_plans
 from raypipe.checks import (
     Changes,
     refuse_changing_buffers,
-    refuse_foreign_random_numbers,
     refuse_parameters_in_functions,
     refuse_untrainable,
     try_optimizers,
@@ -24,15 +22,15 @@ from raypipe.errors import BatchError
 from raypipe.model.build import Skeleton, make_skeleton
 from raypipe.model.call import Caller
 from raypipe.model.husk import names_of, replace_tensors
+from raypipe.model.memory import worst_case
 from raypipe.model.microbatch import BatchLayout, LayoutCache, find_layout
 from raypipe.model.partition import Partition, partition
 from raypipe.model.probe import find_rule
-from raypipe.model.record import record
-from raypipe.model.recording import Recording
 from raypipe.model.twin import Twin
 from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
 from raypipe.schedule import Schedule
+from raypipe.stage.inbox import AHEAD
 from raypipe.stage.spec import Gradients, PipelineSpec
 from raypipe.stage.worker import StageWorker
 from raypipe.topology import Topology
@@ -57,6 +55,7 @@ class Plan:
         skeleton: the model without its weights.
         calls: how many unit calls the model makes.
         model: the user's own, which is never changed.
+        stages: what each stage holds, computes and sends.
     """
 
     topology: Topology
@@ -70,6 +69,7 @@ class Plan:
     skeleton: Skeleton
     calls: int
     model: nn.Module
+    stages: tuple[StagePlan, ...] = ()
 
     def held_by(self, stage: int) -> tuple[str, ...]:
         """Names of the parameters on a stage, in model order."""
@@ -192,9 +192,11 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     schedule = options.make_schedule(len(microbatches))
     twin = Twin(skeleton.model, options.units)
     changes = Changes(twin.model)
-    recording = _record(twin, caller, microbatches[0].batch)
-    sizes = {name: p.numel() for name, p in names_of(model)[0].items()}
-    cut = partition(recording, twin.unit_parameters, sizes, schedule.chunks, options.balance)
+    recording, saved = observed(twin, caller, microbatches[0].batch, training=training)
+    counts = {name: p.numel() for name, p in names_of(skeleton.model)[0].items()}
+    sizes, state_known = sizes_of(skeleton, twin, recording, saved, options)
+    memory = worst_case(sizes, in_flight(schedule), AHEAD) if options.balance == "memory" else None
+    cut = partition(recording, twin.unit_parameters, counts, schedule.chunks, options.balance, memory=memory)
     if training:
         refuse_changing_buffers(changes.names(), options, skeleton.unit_buffers, cut)
     rule = _find_rule(model, caller, batch, layout, options) if training else None
@@ -210,6 +212,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         skeleton,
         len(recording.calls),
         model,
+        stage_plans(cut, schedule, sizes, counts, state_known),
     )
     if training:
         parameters = names_of(model)[0]
@@ -218,12 +221,6 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         ]
         try_optimizers(options, plan.gradients(), held)
     return plan
-
-
-def _record(twin: Twin, caller: Caller, batch: Any) -> Recording:
-    own = pytree.tree_map_only(Tensor, torch.clone, batch)
-    with refuse_foreign_random_numbers():
-        return record(twin, lambda model: caller.outputs(model, own))
 
 
 def _find_rule(model: nn.Module, caller: Caller, batch: Any, layout: BatchLayout, options: Options) -> LossRule:

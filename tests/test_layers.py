@@ -27,7 +27,7 @@ FLOORS = (  # from the top; a room imports from itself and from below, never bes
     {"__version__"},
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-ROOM_OF = {"table": "plan"}  # one room in two files: a plan, and its text
+ROOM_OF = {"table": "plan", "accounting": "plan", "advice": "plan"}  # one room: a plan, its numbers and its text
 
 
 def imports(node: ast.AST, package: str, lazy: bool = False) -> Iterator[tuple[int, str, bool]]:

@@ -296,46 +296,12 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts() -> None:
         getattr(model.head.weight, hooked)(lambda given: None)
         with pytest.raises(ValueError, match=r"head\.weight has a hook on its gradient"):
             trainer_of(model, 2, example=batch)
-    for hooked in ("register_full_backward_hook", "register_full_backward_pre_hook"):
-        model = Tower()
-        getattr(model.blocks[1], hooked)(lambda *given: None)
-        with pytest.raises(ValueError, match=r"blocks\.1 has a backward hook"):
-            trainer_of(model, 2, example=batch)
     model = Tower().requires_grad_(False)
     model.spare.requires_grad_(True)
     with trainer_of(model, 2) as trainer, pytest.raises(StageError, match="the loss does not require a gradient"):
         trainer.train_step(batch)
     with trainer_of(Tower().requires_grad_(False), 2) as trainer:
         assert len(list(trainer.predict([batch]))) == 1
-
-
-class Bounded(torch.autograd.Function):
-    """Changes its gradient, and not in proportion."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 1
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].clamp(-1e-3, 1e-3)
-
-
-class BoundedBlock(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return Bounded.apply(super().forward(x))  # type: ignore[no-any-return, no-untyped-call]
-
-
-@pytest.mark.parametrize("stages", [1, 3])
-def test_one_microbatch_is_the_unsplit_model_to_the_bit(stages: int) -> None:
-    """Its backward starts from 1, so that even a backward that is not linear is right."""
-    model = Tower()
-    model.blocks = nn.ModuleList(BoundedBlock() for _ in range(4))
-    given = batches(3)
-    wanted = unsplit(model, given, sgd, loss=own_loss)
-    found = piped(model, given, stages, optimizer=sgd, microbatches=1)
-    assert found.losses == wanted.losses
-    assert all(torch.equal(found.state[name], tensor) for name, tensor in wanted.state.items())
 
 
 class Normed(Tower):

@@ -63,9 +63,11 @@ def test_the_optimizer_is_tried_with_each_stages_own_parameters_and_without_its_
 
     model = gpt()
     plan = plan_of(model, 3, optimizer=optimizer)
-    assert [tuple(named) for named in seen] == [plan.held_by(stage) for stage in range(3)]
+    whole, *stages = seen  # first, on fakes, for the size of its state
+    assert list(whole) == list(dict(model.named_parameters()))
+    assert [tuple(named) for named in stages] == [plan.held_by(stage) for stage in range(3)]
     shapes = {name: (p.shape, 4) for name, p in model.named_parameters()}
-    assert {name: shape for named in seen for name, shape in named.items()} == shapes
+    assert {name: shape for named in stages for name, shape in named.items()} == shapes
 
 
 def test_a_plan_starts_nothing_and_needs_no_loss_for_a_prediction() -> None:
@@ -81,12 +83,62 @@ def test_a_plan_prints_as_a_table() -> None:
     assert repr(trainer.plan()) == text
     lines = text.splitlines()
     assert lines[0].split("  ")[0] == "stage"
-    for word in ("units", "parameters", "weights", "forward FLOPs", "sends", "in flight"):
+    for word in ("units", "parameters", "forward FLOPs", "backward FLOPs", "sends"):
         assert word in lines[0]
+    for word in ("weights", "gradients", "optimizer", "activations in flight", "receives", "sum"):
+        assert word in lines[6]
     assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
-    assert [line.split()[-1] for line in lines[2:5]] == ["3", "2", "1"]
+    assert [line.split()[4] for line in lines[8:11]] == ["3", "2", "1"]
     assert "embedding" in lines[2]
     assert "head" in lines[4]
-    assert lines[5] == "shared: embedding.weight (chunks 0, 2)"
-    assert "3 stages, 4 microbatches of 8 samples" in lines[6]
-    assert "predicted bubble" in lines[6]
+    assert lines[11] == "shared: embedding.weight (chunks 0, 2)"
+    assert "3 stages, 4 microbatches of 8 samples" in lines[12]
+    assert "predicted bubble" in lines[12]
+    assert lines[13].startswith("imbalance 1.")
+    assert "(data parallelism)" in " ".join(text.split())
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_sixteen_bytes_a_parameter() -> None:
+    """AdamW in float32; a step counter of 4 bytes for each tensor comes on top."""
+    model = gpt()
+    plan = plan_of(model, 2)
+    for number, stage in enumerate(plan.stages):
+        buffers = sum(t.nbytes for name, t in plan.tensors_of(number).items() if name not in plan.held_by(number))
+        assert stage.weights_bytes == 4 * stage.parameters + buffers
+        assert stage.gradients_bytes == 4 * stage.parameters
+        assert stage.optimizer_bytes == 8 * stage.parameters + 4 * len(plan.held_by(number))
+
+
+def test_sixteen_bytes_a_parameter_in_mixed_precision() -> None:
+    """With an optimizer that keeps a float32 master of bfloat16 weights: 2 + 2 + 4 + 4 + 4."""
+
+    class Mixed(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.state[p] = {name: p.float() for name in ("master", "mean", "square")}
+
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).bfloat16()
+    batch = (torch.rand(4, 8).bfloat16(), torch.rand(4, 8).bfloat16())
+    options = Options(2, loss=nn.functional.mse_loss, optimizer=lambda named: Mixed(named, {}), microbatches=2)
+    for stage in make_plan(model, options, batch).stages:
+        own = stage.weights_bytes + stage.gradients_bytes + (stage.optimizer_bytes or 0)
+        assert own == 16 * stage.parameters
+
+
+def test_frozen_parameters_have_weights_alone() -> None:
+    model = gpt()
+    model.blocks.requires_grad_(False)
+    stage = plan_of(model, 3, balance=[2, 3, 2], optimizer=lambda named: torch.optim.SGD(named, lr=0.1)).stages[1]
+    assert stage.weights_bytes > 0
+    assert (stage.gradients_bytes, stage.optimizer_bytes) == (0, 0)
+
+
+def test_memory_decides_the_cuts() -> None:
+    """Early stages have more microbatches in flight, so they get fewer blocks."""
+    stages = plan_of(gpt(layers=9), 3, balance="memory").stages
+    assert len(stages[0].units) < len(stages[2].units)
+    even = plan_of(gpt(layers=9), 3, balance=[5, 4, 4]).stages
+    assert max(stage.total_bytes for stage in stages) < max(stage.total_bytes for stage in even)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.flop_counter import flop_registry
 
+from raypipe.model.flops import flops_of
 from raypipe.model.known import Known
 
 __all__ = ["NEEDS_DATA", "Counter"]
@@ -32,7 +32,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         guess: run a kernel that needs data on stand-ins (inside of units: its owner checks what it guessed).
         known: what is known of the data of the fakes.
 
-    Attributes: ``flops``, by PyTorch's own formulas; ``drawn``, whether a kernel drew random numbers.
+    Attributes: ``flops`` and ``backward_flops``; ``drawn``, whether a kernel drew random numbers.
     """
 
     supports_higher_order_operators = True
@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, mode: fake_tensor.FakeTensorMode, *, guess: bool, known: Known | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._mode, self._guess, self._known = mode, guess, known or Known()
-        self.flops = 0
+        self.flops = self.backward_flops = 0
         self.drawn = False
 
     @classmethod
@@ -58,9 +58,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = self.on_numbers(func, args, kwargs)
         else:
             self._known.follow(func, args, kwargs, result)
-        formula = flop_registry.get(getattr(func, "overloadpacket", None))
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+        forward, backward = flops_of(func, args, kwargs, result)
+        self.flops += forward
+        self.backward_flops += backward
         self.drawn |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         return result
 

@@ -99,6 +99,7 @@ class Ledger:
                 what.where.line,
                 what.counter.drawn and what.call is None,
                 self._region(what.where),
+                backward_flops=what.counter.backward_flops,
             )
         )
 

@@ -1,20 +1,28 @@
 """Where a model is cut, and what each chunk then holds.
 
-What is cut is the sequence of unit calls. A contiguous split that makes the heaviest chunk as light as possible is
-found exactly, by dynamic programming (the classical linear partition problem).
+What is cut is the sequence of unit calls. A contiguous split that makes the costliest chunk as cheap as possible is
+found exactly (see split.py), by what ``balance`` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raypipe.errors import CutError
+from raypipe.model.cost import CallTime, call_costs
 from raypipe.model.cuts import too_few_places
 from raypipe.model.recording import Recording
+from raypipe.model.split import best_split, lightest_split
 
-__all__ = ["Chunk", "Partition", "check_balance", "lightest_split", "partition"]
+__all__ = ["Chunk", "Partition", "check_balance", "partition"]
+
+BALANCES = ("flops", "parameters", "time", "memory")
+_BALANCES = ", ".join(map(repr, BALANCES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +30,16 @@ class Chunk:
     """What one chunk computes and holds.
 
     Attributes: ``units``, a name for each of its unit calls; ``parameters``, names of those that it holds; ``flops`` of
-    its forward for the microbatch of the recording; ``boundary_bytes`` that it sends forward for it.
+    its forward for the microbatch of the recording, and ``backward_flops``; ``boundary_bytes`` that it sends forward
+    for it; ``time`` of both, where it was measured.
     """
 
     units: tuple[str, ...]
     parameters: tuple[str, ...]
     flops: int
     boundary_bytes: int
+    backward_flops: int = 0
+    time: CallTime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,9 @@ def partition(
     sizes: Mapping[str, int],
     chunks: int,
     balance: str | Sequence[int] = "flops",
+    *,
+    times: Sequence[CallTime] | None = None,
+    memory: Callable[[int], NDArray[np.float64]] | None = None,
 ) -> Partition:
     """Cuts a recorded model into ``chunks`` chunks.
 
@@ -66,7 +80,9 @@ def partition(
         unit_parameters: names of the parameters inside each unit.
         sizes: number of elements of each parameter.
         chunks: how many.
-        balance: ``"flops"``, ``"parameters"``, or the number of unit calls in each chunk.
+        balance: ``"flops"``, ``"parameters"``, ``"time"``, ``"memory"``, or the number of unit calls in each chunk.
+        times: of each unit call, where they are to balance.
+        memory: by chunk, what it would hold (see ``memory.worst_case``), where that is to balance.
 
     Raises:
         ValueError: there are fewer unit calls than chunks, or a given balance does not add up.
@@ -81,13 +97,26 @@ def partition(
     if isinstance(balance, str):
         if chunks > len(names) - len(recording.forbidden):
             raise CutError(too_few_places(names, recording.forbidden, chunks))
-        counts = lightest_split(_costs(recording, unit_parameters, sizes, balance), chunks, recording.forbidden)
+        if balance == "memory" and memory is not None:
+            counts = best_split(memory, len(names), chunks, recording.forbidden)
+        else:
+            costs = call_costs(recording, unit_parameters, sizes, balance, times)
+            counts = lightest_split(costs, chunks, recording.forbidden)
     else:
         counts = _given(balance, names, chunks)
     cuts = tuple(accumulate(counts))[:-1]
-    windows = recording.windows(cuts)
+    return Partition(cuts, _chunks(recording, unit_parameters, sizes, cuts, times))
+
+
+def _chunks(
+    recording: Recording,
+    unit_parameters: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, int],
+    cuts: tuple[int, ...],
+    times: Sequence[CallTime] | None,
+) -> tuple[Chunk, ...]:
     made = []
-    for window in windows:
+    for window in recording.windows(cuts):
         events = recording.events[window.start : window.end]
         held: dict[str, None] = {}
         for event in events:
@@ -100,55 +129,16 @@ def partition(
                 tuple(name for name in sizes if name in held),
                 sum(event.flops for event in events),
                 sum(value.spec.nbytes for value in window.outputs),
+                sum(event.backward_flops for event in events),
+                None if times is None else _sum(times[event.call] for event in events if event.call is not None),
             )
         )
-    return Partition(cuts, tuple(made))
+    return tuple(made)
 
 
-def lightest_split(costs: Sequence[float], parts: int, forbidden: Collection[int] = ()) -> tuple[int, ...]:
-    """Lengths of ``parts`` contiguous, non-empty parts whose largest sum is the smallest possible.
-
-    No part begins at an index in ``forbidden``; so many parts must be possible.
-    """
-    prefix = [0.0, *accumulate(costs)]
-    best = [[float("inf")] * (len(costs) + 1) for _ in range(parts + 1)]
-    choice = [[0] * (len(costs) + 1) for _ in range(parts + 1)]
-    best[0][0] = 0.0
-    for part in range(1, parts + 1):
-        for end in range(part, len(costs) + 1):
-            for start in range(part - 1, end):
-                if start in forbidden:
-                    continue
-                worst = max(best[part - 1][start], prefix[end] - prefix[start])
-                if worst < best[part][end]:
-                    best[part][end], choice[part][end] = worst, start
-    lengths, end = [], len(costs)
-    for part in range(parts, 0, -1):
-        start = choice[part][end]
-        lengths.append(end - start)
-        end = start
-    return tuple(reversed(lengths))
-
-
-def _costs(
-    recording: Recording, unit_parameters: Mapping[str, Sequence[str]], sizes: Mapping[str, int], balance: str
-) -> list[float]:
-    """A cost for each unit call; what comes after a call, up to the next, belongs to it."""
-    flops = [0.0] * len(recording.calls)
-    parameters = [0.0] * len(recording.calls)
-    call, seen = 0, set()
-    for event in recording.events:
-        names = list(event.parameters)
-        if event.call is not None:
-            call = event.call
-            names += unit_parameters[event.name]
-        flops[call] += event.flops
-        parameters[call] += sum(sizes[name] for name in dict.fromkeys(names) if name not in seen)
-        seen.update(names)
-    if balance == "flops" and any(flops):
-        # Equal FLOPs are told apart by a millionth of the parameters, so that an embedding is not free.
-        return [flop + weight * 1e-6 for flop, weight in zip(flops, parameters, strict=True)]
-    return parameters
+def _sum(times: Iterable[CallTime]) -> CallTime:
+    listed = list(times)
+    return CallTime(sum(time.forward for time in listed), sum(time.backward for time in listed))
 
 
 def _given(balance: Sequence[int], names: Sequence[str], chunks: int) -> tuple[int, ...]:
@@ -173,13 +163,11 @@ def _some(names: Sequence[str]) -> str:
 def check_balance(balance: object) -> str | Sequence[int]:
     """The ``balance`` argument, or one sentence about what is wrong with it."""
     if isinstance(balance, str):
-        if balance in ("flops", "parameters"):
+        if balance == "time":
+            raise ValueError("balance='time' is not built yet; use 'flops', 'parameters', 'memory' or a list")
+        if balance in BALANCES:
             return balance
-        later = balance in ("time", "memory")
-        raise ValueError(
-            f"balance={balance!r} is {'not built yet' if later else 'unknown'}; use 'flops', 'parameters' or a list of "
-            "unit calls for each chunk"
-        )
+        raise ValueError(f"balance={balance!r} is unknown; use {_BALANCES} or a list of unit calls for each chunk")
     if isinstance(balance, (list, tuple)):
         return balance
-    raise TypeError(f"balance is a {type(balance).__name__}; use 'flops', 'parameters' or a list of whole numbers")
+    raise TypeError(f"balance is a {type(balance).__name__}; use {_BALANCES} or a list of whole numbers")

@@ -13,7 +13,7 @@ A rule is right if it makes the joined loss from the separate ones, in every tri
 A term may be smaller than the tolerance beside the others. Where PyTorch's loss functions are the main part, the second
 trial shows it at its own size; where all is made by hand, the gradients are compared too (``gradient_check``).
 
-What cannot be known: a term that shows in later batches only, or below 2e-5 of every gradient.
+What cannot be known: a term that shows in later batches only, or below 1e-4 of every gradient.
 """
 
 from __future__ import annotations

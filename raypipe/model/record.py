@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +24,7 @@ from raypipe.model.intercept import Watch
 from raypipe.model.known import Known
 from raypipe.model.ledger import Happening, Ledger
 from raypipe.model.recording import Path, Recording
+from raypipe.model.saved import Saved
 from raypipe.model.trees import held_by, leaves_in, same_leaves, tensors_in
 from raypipe.model.twin import Twin
 from raypipe.model.within import Within, maker_of
@@ -34,7 +35,7 @@ __all__ = ["record"]
 Call = Callable[..., Any]
 
 
-def record(twin: Twin, forward: Callable[[Any], Any]) -> Recording:
+def record(twin: Twin, forward: Callable[[Any], Any], saved: Saved | None = None) -> Recording:
     """Runs ``forward(twin.model)`` and returns its events.
 
     Where the forward asks a value for its data after every unit was called (``loss.item()``, a loss over a mask), the
@@ -43,14 +44,16 @@ def record(twin: Twin, forward: Callable[[Any], Any]) -> Recording:
     Args:
         twin: the fake model, in the modes (train, eval) that the run will have.
         forward: calls the model on one microbatch; it may change that microbatch in place.
+        saved: collects what the backward will need, where somebody asks.
 
     Raises:
         CutError: the model does something that no split reproduces: control flow on a value, a value that leaves a unit
             without being returned.
     """
-    recorder = _Recorder(twin)
+    recorder = _Recorder(twin, saved)
     outputs: Any = None
-    with twin.switch.on(recorder), _silent_fakes():
+    collecting = nullcontext() if saved is None else saved.during(recorder.recording)
+    with twin.switch.on(recorder), _silent_fakes(), collecting:
         try:
             outputs = forward(twin.model)
         except _AsksForData as stop:
@@ -70,9 +73,9 @@ class _AsksForData(BaseException):
 
 
 class _Recorder(Watch):
-    def __init__(self, twin: Twin) -> None:
+    def __init__(self, twin: Twin, saved: Saved | None) -> None:
         super().__init__(twin.parameters)
-        self.twin = twin
+        self.twin, self.saved = twin, saved
         self.recording = Recording()
         self.called: set[str] = set()
         self.calls = 0
@@ -204,7 +207,10 @@ class _Recorder(Watch):
         """What a unit gets in the place of an argument."""
         tensor = self.written.fake_of(tensor)
         if not self.twin.is_fake(tensor):
-            return self.twin.fake(tensor)
+            made = self.twin.fake(tensor)
+            if self.saved is not None:
+                self.saved.stands_for(made, tensor)
+            return made
         return tensor if id(tensor) in self.parameters else _alias(tensor)
 
     def _handed_out(self, tensor: Tensor) -> Tensor:

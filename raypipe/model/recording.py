@@ -87,6 +87,7 @@ class Event:
         where: the line of the user's code.
         random: whether it is a function that draws random numbers.
         region: equal for events of one checkpointed call, or None.
+        backward_flops: of the backward.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Event:
     where: str = ""
     random: bool = False
     region: int | None = None
+    backward_flops: int = 0
 
     @property
     def nested(self) -> bool:

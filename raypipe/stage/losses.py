@@ -37,7 +37,6 @@ class Losses:
         self._weights: dict[int, float] = {}
         self._denominators: dict[int, tuple[float, ...]] = {}
         self._trains = False
-        self._alone = len(microbatches) == 1  # its gradient is the batch's, to the bit
         self.divisor: float | None = None
         """What gradients are divided by in each backward, or None where that is left to the step's end."""
         if rule.known_before_forward:
@@ -66,8 +65,7 @@ class Losses:
         """
         weight = self._weights[number]
         if weight:
-            share = 1.0 if self._alone else weight / (self.divisor or 1.0)
-            loss.backward(torch.full_like(loss, share))  # type: ignore[no-untyped-call]
+            loss.backward(torch.full_like(loss, weight if self.divisor is None else weight / self.divisor))  # type: ignore[no-untyped-call]
         else:
             for leaf in _leaves_of(loss):
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -103,8 +101,7 @@ class Losses:
                 "the loss does not require a gradient, so nothing can be trained on it: it was detached, or made under "
                 "torch.no_grad, or depends on no parameter that requires a gradient"
             )
-        known = self._alone or self.divisor is not None
-        return 1.0 if known else self._rule.total(self._ordered_weights())
+        return self._rule.total(self._ordered_weights()) if self.divisor is None else 1.0
 
     def loss(self) -> float:
         """The whole batch's loss, once every forward is done."""

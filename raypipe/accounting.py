@@ -1,0 +1,176 @@
+"""What each stage of a plan computes, holds and sends, from shapes alone."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from raypipe.checks import refuse_foreign_random_numbers
+from raypipe.model.build import Skeleton
+from raypipe.model.call import Caller
+from raypipe.model.cost import CallTime
+from raypipe.model.husk import names_of
+from raypipe.model.memory import Bytes, ParameterBytes, Sizes, windows_from
+from raypipe.model.partition import Partition
+from raypipe.model.record import record
+from raypipe.model.recording import Recording
+from raypipe.model.saved import Saved
+from raypipe.model.seeds import kept_state
+from raypipe.model.twin import Twin
+from raypipe.options import Options
+from raypipe.schedule import Op, Schedule
+from raypipe.stage.inbox import AHEAD
+from raypipe.stage.state_bytes import state_bytes
+
+__all__ = ["StagePlan", "in_flight", "observed", "sizes_of", "stage_plans"]
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What one stage holds and does.
+
+    Attributes:
+        stage: its number.
+        units: of its unit calls, in order.
+        parameters: how many numbers its parameters are.
+        weights_bytes: of its parameters and buffers.
+        gradients_bytes: of its trainable parameters.
+        optimizer_bytes: of the optimizer's state, or None where the optimizer could not be tried without data.
+        activations_bytes: kept for the backward of one microbatch.
+        peak_in_flight: the most microbatches at one time whose forward has begun and whose backward has not ended.
+        received_bytes: buffers of the receives that are posted ahead.
+        forward_flops: of one microbatch.
+        backward_flops: of one microbatch.
+        sends_bytes: of the values that one microbatch sends to the next stage.
+        time: measured seconds of one microbatch, with ``balance="time"``; else None.
+    """
+
+    stage: int
+    units: tuple[str, ...]
+    parameters: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int | None
+    activations_bytes: int
+    peak_in_flight: int
+    received_bytes: int
+    forward_flops: int
+    backward_flops: int
+    sends_bytes: int
+    time: CallTime | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it at the peak; what an action needs only while it runs, and the process itself, come on top."""
+        own = self.weights_bytes + self.gradients_bytes + (self.optimizer_bytes or 0)
+        return own + self.activations_bytes * self.peak_in_flight + self.received_bytes
+
+
+def observed(twin: Twin, caller: Caller, batch: Any, *, training: bool) -> tuple[Recording, Saved | None]:
+    """The recording of a microbatch, and what its backward will need, the loss's part included."""
+    own = pytree.tree_map_only(Tensor, torch.clone, batch)
+    outputs: list[Any] = []
+
+    def forward(model: Any) -> Any:
+        outputs.append(caller.outputs(model, own))
+        return outputs[0]
+
+    saved = Saved(twin) if training else None
+    with refuse_foreign_random_numbers():
+        recording = record(twin, forward, saved)
+    if saved is not None and outputs:
+        saved.complete()
+        # The loss runs for real in the last stage, whatever it does; what fakes cannot follow of it is not counted.
+        with contextlib.suppress(Exception), kept_state(), twin.mode, saved.during(recording):
+            caller.loss_of(outputs[0], own)
+    return recording, saved
+
+
+def sizes_of(
+    skeleton: Skeleton, twin: Twin, recording: Recording, saved: Saved | None, options: Options
+) -> tuple[Sizes, bool]:
+    """What the sizes of chunks are made of, and whether the optimizer's state is known."""
+    parameters, buffers = names_of(skeleton.model)
+    trained = {name: p for name, p in parameters.items() if p.requires_grad and saved is not None}
+    state = state_bytes(options.optimizer, trained)
+    by_name = {
+        name: ParameterBytes(_bytes(p), _bytes(p), (state or {}).get(name, 0))
+        if name in trained
+        else ParameterBytes(_bytes(p))
+        for name, p in parameters.items()
+    }
+    inside = {name for names in skeleton.unit_buffers.values() for name in names}
+    units = {unit: sum(_bytes(buffers[name]) for name in names) for unit, names in skeleton.unit_buffers.items()}
+    loose = sum(_bytes(buffer) for name, buffer in buffers.items() if name not in inside)
+    return Sizes(recording, saved, twin.unit_parameters, by_name, units, loose), state is not None
+
+
+def in_flight(schedule: Schedule) -> tuple[int, ...]:
+    """For each chunk, the most microbatches between the begin of their forward and the end of their backward."""
+    peaks = [0] * schedule.chunks
+    alive = [0] * schedule.chunks
+    for program in schedule.programs:
+        for action in program:
+            if action.op is Op.FORWARD:
+                alive[action.chunk] += 1
+                peaks[action.chunk] = max(peaks[action.chunk], alive[action.chunk])
+            elif action.op is not Op.INPUT:
+                alive[action.chunk] -= 1
+    return tuple(peaks)
+
+
+def stage_plans(
+    partition: Partition, schedule: Schedule, sizes: Sizes, counts: dict[str, int], state_known: bool
+) -> tuple[StagePlan, ...]:
+    """The stages of a plan.
+
+    Args:
+        partition: of the model.
+        schedule: of the example's number of microbatches.
+        sizes: of the model.
+        counts: number of elements of each parameter.
+        state_known: whether the optimizer's state is.
+    """
+    edges = (0, *partition.cuts, len(sizes.recording.calls))
+    held = [list(windows_from(sizes, a))[b - a - 1] for a, b in pairwise(edges)]
+    peaks = in_flight(schedule)
+    made = []
+    for stage in range(schedule.stages):
+        own = [number for number in range(schedule.chunks) if schedule.stage_of(number) == stage]
+        chunks = [partition.chunks[number] for number in own]
+        size = [held[number] for number in own]
+        times = [chunk.time for chunk in chunks if chunk.time is not None]
+        # Of several chunks the larger one counts for each microbatch that either has in flight.
+        activations = max(each.activations for each in size)
+        made.append(
+            StagePlan(
+                stage,
+                tuple(unit for chunk in chunks for unit in chunk.units),
+                sum(counts[name] for name in {name for chunk in chunks for name in chunk.parameters}),
+                sum(each.weights for each in size),
+                sum(each.gradients for each in size),
+                sum(each.optimizer for each in size) if state_known else None,
+                activations,
+                sum(peaks[number] for number in own),
+                sum(_ahead(held[number], peaks[number]) for number in own),
+                sum(chunk.flops for chunk in chunks),
+                sum(chunk.backward_flops for chunk in chunks),
+                sum(chunk.boundary_bytes for chunk in chunks),
+                CallTime(sum(t.forward for t in times), sum(t.backward for t in times)) if times else None,
+            )
+        )
+    return tuple(made)
+
+
+def _ahead(size: Bytes, peak: int) -> int:
+    return size.received * min(AHEAD, peak)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,78 @@
+"""What a forward keeps for its backward: the memory that autograd saves, event by event.
+
+It is seen by ``torch.autograd.graph.saved_tensors_hooks`` around a recording on fake tensors. A piece of memory counts
+once, however often it is saved, and parameters and buffers do not count: they are there anyway. That activations are
+what remains between forward and backward is the accounting of Korthikanti et al., "Reducing Activation Recomputation
+in Large Transformer Models" (2022). What an action needs only while it runs is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from raypipe.model.recording import Recording, Value
+from raypipe.model.twin import Twin
+
+__all__ = ["Saved"]
+
+
+class Saved:
+    """Collects what is saved while a twin is recorded.
+
+    Args:
+        twin: to be recorded.
+
+    Attributes: ``by_event``, the bytes of each piece of memory that an event saved, by the piece's number.
+    """
+
+    def __init__(self, twin: Twin) -> None:
+        self._resident = {t.untyped_storage()._cdata for t in (*twin.model.parameters(), *twin.model.buffers())}
+        self._origins: dict[int, int] = {}
+        self._keep: list[object] = []  # memory is told apart by address: none may be freed meanwhile
+        self._recording = Recording()
+        self.by_event: dict[int, dict[int, int]] = {}
+
+    @contextmanager
+    def during(self, recording: Recording) -> Iterator[None]:
+        """Collects for the event that the recording is at; for its last one where it is complete."""
+        self._recording = recording
+        with saved_tensors_hooks(self._pack, _same):
+            yield
+
+    def stands_for(self, fake: Tensor, real: Tensor) -> None:
+        """A fake was made for a real tensor, which several units may get: its memory is there once."""
+        self._keep += (fake.untyped_storage(), real.untyped_storage())
+        self._origins[fake.untyped_storage()._cdata] = real.untyped_storage()._cdata
+
+    def complete(self) -> None:
+        """What is saved from now on, by a loss outside of the model, belongs to the last event."""
+        self._last = len(self._recording.events) - 1
+
+    def of_value(self, value: Value) -> int:
+        """The number of the memory that a value stands in."""
+        return self._number(self._recording.placeholders[value.number])
+
+    def _number(self, tensor: Tensor) -> int:
+        address = int(tensor.untyped_storage()._cdata)
+        return self._origins.get(address, address)
+
+    _last: int | None = None
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        number = self._number(tensor)
+        if number not in self._resident:
+            storage = tensor.untyped_storage()
+            self._keep.append(storage)
+            event = len(self._recording.events) if self._last is None else self._last
+            self.by_event.setdefault(event, {})[number] = storage.nbytes()
+        with torch.no_grad():
+            return tensor.detach()  # the tensor itself would hold the graph that holds it
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
