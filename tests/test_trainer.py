@@ -633,3 +633,5 @@ def test_a_schedule_may_place_the_last_chunk_on_another_stage() -> None:
         assert one.train_step(pairs(8))["loss"] == two.train_step(pairs(8))["loss"]
         states = one.state_dict(), two.state_dict()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert one.evaluate([pairs(8)]) == two.evaluate([pairs(8)])
+        assert torch.equal(*(next(iter(trainer.predict([pairs(8)]))) for trainer in (one, two)))

@@ -139,7 +139,7 @@ class Controller:
 
     def _last(self, pending: Pending) -> ForwardReport:
         """The last stage's report."""
-        report: ForwardReport = self._gang.wait(pending)[-1]
+        report: ForwardReport = next(report for report in self._gang.wait(pending) if report.is_last)
         if report.refused is not None:
             raise BatchError(report.refused)
         return report

@@ -60,3 +60,8 @@ class ForwardReport:
     metrics: Mapping[str, float] | None = None
     outputs: Any = None
     refused: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is of the stage that ran the model to its end, wherever the schedule has put that."""
+        return self.metrics is not None or self.outputs is not None or self.refused is not None
