@@ -22,6 +22,7 @@ from raypipe.errors import BatchError
 from raypipe.model.build import Skeleton, make_skeleton
 from raypipe.model.call import Caller
 from raypipe.model.husk import names_of, replace_tensors
+from raypipe.model.measure import measure, runnable_copy
 from raypipe.model.memory import worst_case
 from raypipe.model.microbatch import BatchLayout, LayoutCache, find_layout
 from raypipe.model.partition import Partition, partition
@@ -195,8 +196,15 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     recording, saved = observed(twin, caller, microbatches[0].batch, training=training)
     counts = {name: p.numel() for name, p in names_of(skeleton.model)[0].items()}
     sizes, state_known = sizes_of(skeleton, twin, recording, saved, options)
+    times = None
+    if options.balance == "time":
+        piece, threads = microbatches[0].batch, options.threads or 1
+        running = runnable_copy(model, training)
+        times = measure(running, options.units, caller, piece, recording, threads, training=training)
     memory = worst_case(sizes, in_flight(schedule), AHEAD) if options.balance == "memory" else None
-    cut = partition(recording, twin.unit_parameters, counts, schedule.chunks, options.balance, memory=memory)
+    cut = partition(
+        recording, twin.unit_parameters, counts, schedule.chunks, options.balance, times=times, memory=memory
+    )
     if training:
         refuse_changing_buffers(changes.names(), options, skeleton.unit_buffers, cut)
     rule = _find_rule(model, caller, batch, layout, options) if training else None

@@ -89,6 +89,7 @@ def test_too_many_stages_are_said() -> None:
 def test_the_argument() -> None:
     assert check_balance("parameters") == "parameters"
     assert check_balance([1, 2]) == [1, 2]
+    assert check_balance("time") == "time"
     assert check_balance("memory") == "memory"
     with pytest.raises(ValueError, match=r"balance='speed' is unknown; use 'flops', 'parameters', 'time', 'memory' or"):
         check_balance("speed")

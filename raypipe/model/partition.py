@@ -163,8 +163,6 @@ def _some(names: Sequence[str]) -> str:
 def check_balance(balance: object) -> str | Sequence[int]:
     """The ``balance`` argument, or one sentence about what is wrong with it."""
     if isinstance(balance, str):
-        if balance == "time":
-            raise ValueError("balance='time' is not built yet; use 'flops', 'parameters', 'memory' or a list")
         if balance in BALANCES:
             return balance
         raise ValueError(f"balance={balance!r} is unknown; use {_BALANCES} or a list of unit calls for each chunk")

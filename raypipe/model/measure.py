@@ -1,0 +1,211 @@
+"""How long each unit call takes, forward and backward, measured on one microbatch on this machine.
+
+The model's own forward runs; a unit call runs by itself, on detached arguments, a few times. Equal calls (same module
+but for its weights, same arguments) are measured once, and answered with what the first of them returned: so only one
+of a model's equal blocks needs its weights at all. What runs outside of units counts to the unit call before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from raypipe.model.call import Caller
+from raypipe.model.cost import CallTime
+from raypipe.model.husk import replace_tensors
+from raypipe.model.intercept import Watch, install
+from raypipe.model.recording import Recording
+from raypipe.model.trees import held_by, tensors_in
+from raypipe.model.units import find_units
+
+__all__ = ["measure", "runnable_copy"]
+
+WARM_UP, REPEATS = 1, 3
+
+
+def runnable_copy(model: nn.Module, training: bool = True) -> nn.Module:
+    """A copy in the modes of the run (a root in train mode keeps its submodules' own).
+
+    It shares the parameters, and has buffers of its own.
+    """
+    shared: dict[int, Tensor] = {id(parameter): parameter for parameter in model.parameters()}
+    shared.update((id(buffer), buffer.detach().clone()) for buffer in model.buffers())
+    made = replace_tensors(model, shared)
+    return made if made.training and training else made.train(training)
+
+
+def measure(
+    model: nn.Module,
+    patterns: Sequence[str] | None,
+    caller: Caller,
+    batch: Any,
+    recording: Recording,
+    threads: int,
+    *,
+    training: bool = True,
+) -> tuple[CallTime, ...]:
+    """Seconds of each unit call, with what follows it outside of units, for one microbatch.
+
+    Args:
+        model: to run; its units' classes and its buffers are changed (see ``runnable_copy``), parameters and random
+            states are not.
+        patterns: the user's ``units``.
+        caller: how the model is called and its loss found.
+        batch: one microbatch.
+        recording: of it.
+        threads: of PyTorch meanwhile.
+        training: whether there is a loss, and a backward from it.
+    """
+    stopwatch = _Stopwatch(model, recording)
+    switch = install(find_units(model, patterns))
+    between: list[list[CallTime]] = []
+    with _threads(threads):
+        for _ in range(WARM_UP + REPEATS):
+            own = pytree.tree_map_only(Tensor, torch.clone, batch)
+            stopwatch.begin()
+            with switch.on(stopwatch), torch.enable_grad():
+                outputs = caller.outputs(model, own)
+                stopwatch.end([caller.loss_of(outputs, own)] if training else [])
+            between.append(stopwatch.between)
+    return tuple(
+        CallTime(
+            inside.forward + median(run[call].forward for run in between[WARM_UP:]),
+            inside.backward + median(run[call].backward for run in between[WARM_UP:]),
+        )
+        for call, inside in enumerate(stopwatch.within)
+    )
+
+
+class _Stopwatch(Watch):
+    """Times one forward after the other.
+
+    Attributes: ``within``, of each unit call; ``between``, of what followed each in the latest forward.
+    """
+
+    def __init__(self, model: nn.Module, recording: Recording) -> None:
+        super().__init__({id(parameter): name for name, parameter in model.named_parameters()})
+        self._loose = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._modules = dict(model.named_modules())
+        self._flops = [recording.events[event].flops for event in recording.calls]
+        self._known: dict[Any, tuple[CallTime, Any]] = {}
+        self.within: list[CallTime] = []
+        self.between: list[CallTime] = []
+
+    def begin(self) -> None:
+        """Before a forward."""
+        self.within, self.between = [], []
+        self._forward, self._left, self._sources = 0.0, perf_counter(), list[Tensor]()
+
+    def unit_call(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.off():
+            self._close([t for _, t in tensors_in((args, kwargs))])
+            key = self._key(name, args, kwargs)
+            if key not in self._known:
+                trained = [p for p in self._modules[name].parameters() if p.requires_grad]
+                self._known[key] = _timed(call, args, kwargs, trained)
+            time, result = self._known[key]
+            self.within.append(time)
+            result = pytree.tree_map_only(Tensor, _fresh, result)
+            self._sources = [t for _, t in tensors_in(result) if t.requires_grad]
+            for _, tensor in tensors_in(result):
+                self.mark(tensor)
+            self._forward, self._left = 0.0, perf_counter()
+            return result
+
+    def function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        start = perf_counter()
+        result = func(*args, **kwargs)
+        self._forward += perf_counter() - start
+        for _, tensor in tensors_in(result):
+            self.mark(tensor)
+        return result
+
+    def end(self, losses: Sequence[Tensor]) -> None:
+        """After a forward: all that came after the last unit call counts to it, also where no function was seen."""
+        self._forward = perf_counter() - self._left
+        with self.off():
+            self._close(losses, self._loose)
+
+    def _close(self, ends: Sequence[Tensor], parameters: Sequence[Tensor] = ()) -> None:
+        """Ends what followed a unit call: its backward goes from ``ends`` to what the call returned."""
+        if not self.within:
+            return  # what comes before the first unit call is masks and positions
+        roots = [t for t in ends if t.requires_grad and t.grad_fn is not None]
+        sources = [*self._sources, *parameters]
+        backward = 0.0
+        if roots and sources:
+            ones = [torch.ones_like(root) for root in roots]
+            start = perf_counter()
+            torch.autograd.grad(roots, sources, ones, allow_unused=True, retain_graph=True)
+            backward = perf_counter() - start
+        self.between.append(CallTime(self._forward, backward))
+
+    def _key(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Equal for calls that take equally long."""
+        module = self._modules[name]
+        held = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers()))
+        modes = tuple(inner.training for inner in module.modules())
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        given = tuple(
+            (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad)
+            if isinstance(leaf, Tensor)
+            else type(leaf)
+            for leaf in leaves
+        )
+        return repr(module), held, modes, given, tree, self._flops[len(self.within)]
+
+
+def _timed(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], trained: Sequence[Tensor]
+) -> tuple[CallTime, Any]:
+    """The time of a unit call alone, and what it returned, detached."""
+    times = []
+    for _ in range(WARM_UP + REPEATS):
+        own_args, own_kwargs = pytree.tree_map(_own, (args, kwargs))
+        sources = [*(t for _, t in tensors_in((own_args, own_kwargs)) if t.requires_grad), *trained]
+        start = perf_counter()
+        result = call(*own_args, **own_kwargs)
+        middle = perf_counter()
+        roots = [t for _, t in tensors_in(result) if t.requires_grad]
+        ones = [torch.ones_like(root) for root in roots]
+        begin = perf_counter()
+        if roots and sources:
+            torch.autograd.grad(roots, sources, ones, allow_unused=True)
+        times.append(CallTime(middle - start, perf_counter() - begin))
+    kept = times[WARM_UP:]
+    forward, backward = median(time.forward for time in kept), median(time.backward for time in kept)
+    detached = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), result)
+    return CallTime(forward, backward), detached
+
+
+def _own(leaf: Any) -> Any:
+    """An argument that the call may change; a non-leaf, since autograd forbids changing a leaf in place."""
+    if isinstance(leaf, Tensor):
+        return _fresh(leaf)
+    try:
+        return copy.deepcopy(leaf, {id(t): t.detach() for t in held_by(leaf)})
+    except Exception:  # what cannot be copied is given as it is
+        return leaf
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    made = tensor.detach().clone()
+    return made.requires_grad_().view_as(made) if tensor.requires_grad else made
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
