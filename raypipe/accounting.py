@@ -74,11 +74,13 @@ class StagePlan:
 
 def observed(twin: Twin, caller: Caller, batch: Any, *, training: bool) -> tuple[Recording, Saved | None]:
     """The recording of a microbatch, and what its backward will need, the loss's part included."""
-    own = pytree.tree_map_only(Tensor, torch.clone, batch)
+    own: Any = None
     outputs: list[Any] = []
 
     def forward(model: Any) -> Any:
-        outputs.append(caller.outputs(model, own))
+        nonlocal own
+        own = pytree.tree_map_only(Tensor, torch.clone, batch)
+        outputs[:] = [caller.outputs(model, own)]
         return outputs[0]
 
     saved = Saved(twin) if training else None

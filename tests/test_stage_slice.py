@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pipes import Pipe, Stack, assert_equal_cuts, assert_exact, batch
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from training import batches_of_tokens, gpt
 
 from raypipe.errors import CutError
@@ -122,10 +123,73 @@ def test_hugging_face_checkpointing() -> None:
         torch.testing.assert_close(own, gradients)
 
 
-def test_router_logits_are_refused_and_a_cache_is_not_returned_in_part() -> None:
+def capturing(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "ViT":
+        config = transformers.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=8,
+            patch_size=4,
+            attn_implementation="eager",
+        )
+        return transformers.ViTModel(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
+    if name == "Bert":
+        config = transformers.BertConfig(
+            hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, vocab_size=90
+        )
+        config._attn_implementation = "eager"
+        return transformers.BertModel(config), {"input_ids": torch.arange(10).view(2, 5)}
+    model, given = family(name)
+    model.set_attn_implementation("eager")
+    return model, {key: tensor for key, tensor in given.items() if key != "labels" or name == "T5"}
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert", "T5", "ViT", "Mixtral"])
+def test_hidden_states_and_attentions_are_the_unsplit_models(name: str) -> None:
+    model, given = capturing(name)
+    asked = {**given, "output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    if name in ("Bert", "ViT"):
+        del asked["use_cache"]
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).eval()(**asked)
+    keys = [key for key in wanted if key.endswith(("hidden_states", "attentions")) and len(wanted[key])]
+    assert len(keys) >= 2
+    for chunks in (1, 3):
+        got = Pipe(model, asked, chunks).predict(asked)
+        for key in keys:
+            assert len(got[key]) == len(wanted[key])
+            for one, other in zip(got[key], wanted[key], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_router_logits_train_exactly(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, given = family("Mixtral")
+    if name == "Qwen3Moe":
+        config = transformers.Qwen3MoeConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=16,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=90,
+            router_aux_loss_coef=0.5,
+        )
+        model = transformers.Qwen3MoeForCausalLM(config)
+    model.config.output_router_logits = True
+    assert_exact(model, given)
+
+
+def test_a_cache_is_not_returned_in_part() -> None:
     model, given = family("Mixtral")
     del given["labels"]
     assert Pipe(model, given, 2).predict(given).past_key_values is None
-    model.config.output_router_logits = True
-    with pytest.raises(CutError, match=r"that was made inside model.layers.0 and not returned by it"):
-        Pipe(model, given, 2)

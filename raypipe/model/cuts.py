@@ -7,6 +7,7 @@ that holds all of it computes it as the unsplit model does.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from raypipe.model.recording import Recording, Value
 
-__all__ = ["Together", "can_be_cut", "forbidden_cuts", "parted", "too_few_places"]
+__all__ = ["END", "Together", "can_be_cut", "forbidden_cuts", "parted", "too_few_places"]
+
+END = sys.maxsize
+"""As the last event: everything up to the end of the forward."""
 
 
 @dataclass(frozen=True, slots=True)

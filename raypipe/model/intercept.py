@@ -26,6 +26,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.parameters = parameters  # by id of the tensor: every parameter is a source of values
         self.inside = False
+        self._popped = False
         # Not the run itself: a tensor that a model keeps must not keep the run's activations alive.
         self._mark = object()
 
@@ -68,12 +69,26 @@ class Watch(TorchFunctionMode):
         popped = torch._C._get_function_stack_at(top) is self if top >= 0 else False
         if popped:
             torch._C._pop_torch_function_stack()
+        self._popped = popped
         try:
             yield
         finally:
             if popped:
                 torch._C._push_on_torch_function_stack(self)
             self.inside = False
+
+    @contextmanager
+    def on_again(self) -> Iterator[None]:
+        """What the body of a hook inside a unit does is seen."""
+        self.inside = False
+        if self._popped:
+            torch._C._push_on_torch_function_stack(self)
+        try:
+            yield
+        finally:
+            if self._popped:
+                torch._C._pop_torch_function_stack()
+            self.inside = True
 
     def _any_depends(self, args: Any) -> bool:
         for arg in args:

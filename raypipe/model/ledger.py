@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch.utils import _pytree as pytree
 from raypipe.model import refusals
 from raypipe.model.counter import Counter
 from raypipe.model.frames import Place
-from raypipe.model.recording import Constant, Event, Mutation, New, Path, Recording, Same, Value
-from raypipe.model.trees import PLAIN, leaves_in
+from raypipe.model.recording import Constant, Event, Leaf, Left, Mutation, New, Path, Play, Recording, Same, Value
+from raypipe.model.trees import PLAIN, held_by, leaves_in
 from raypipe.model.written import Written
 from raypipe.tensors import TensorSpec
 
 __all__ = ["Happening", "Ledger"]
+
+_, _NOTHING = pytree.tree_flatten(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,11 @@ class Ledger:
         self._regions: list[FrameType] = []
         self._keep: list[Tensor] = []
 
+    def open(self, name: str) -> int:
+        """The number of a unit call's event, which is added when the call returns; its hooks' events come after it."""
+        self._recording.events.append(Event(name, None, (), (), (), _NOTHING))
+        return len(self._recording.events) - 1
+
     def add(
         self,
         what: Happening,
@@ -66,6 +73,8 @@ class Ledger:
         inputs: tuple[Any, Any],
         changed: set[int],
         result: Any,
+        number: int | None = None,
+        beside: tuple[tuple[Play, ...], tuple[Left, ...]] = ((), ()),
     ) -> None:
         """Adds an event.
 
@@ -75,7 +84,10 @@ class Ledger:
             inputs: its positional and keyword arguments.
             changed: ids of the arguments that it changed in place.
             result: that it returned.
+            number: that was opened for it.
+            beside: the hooks that it ran, and what it left behind.
         """
+        opened, number = number, len(self._recording.events) if number is None else number
         paths: dict[int, Path] = {}
         mutations = []
         for path, leaf in leaves_in(inputs):
@@ -83,45 +95,66 @@ class Ledger:
                 continue
             paths[id(leaf)] = path
             if id(leaf) in changed:
-                mutations.append(Mutation(path, self._changed(leaf, what)))
+                mutations.append(Mutation(path, self._changed(leaf, what, number)))
         leaves, tree = pytree.tree_flatten(result)
-        described = tuple(self._described(leaf, paths) for leaf in leaves)
-        self._recording.events.append(
-            Event(
-                what.name,
-                what.call,
-                tuple(dict.fromkeys(sources[0])),
-                tuple(dict.fromkeys(sources[1])),
-                described,
-                tree,
-                tuple(mutations),
-                what.counter.flops,
-                what.where.line,
-                what.counter.drawn and what.call is None,
-                self._region(what.where),
-                backward_flops=what.counter.backward_flops,
-            )
+        described = tuple(self._described(leaf, paths, number) for leaf in leaves)
+        event = Event(
+            what.name,
+            what.call,
+            tuple(dict.fromkeys(sources[0])),
+            tuple(dict.fromkeys(sources[1])),
+            described,
+            tree,
+            tuple(mutations),
+            what.counter.flops,
+            what.where.line,
+            what.counter.drawn and what.call is None,
+            self._region(what.where),
+            what.counter.backward_flops,
+            *beside,
         )
+        if opened is None:
+            self._recording.events.append(event)
+        else:
+            self._recording.events[number] = event
 
-    def _described(self, leaf: Any, paths: dict[int, Path]) -> New | Same | Constant:
+    def value(self, tensor: Tensor, event: int) -> int:
+        """The number of a new value, which event ``event`` made; of a known one where that or a later one made it."""
+        return self.numbers[id(tensor)] if self.made_since(tensor, event) else self._value(tensor, None, event)
+
+    def made_since(self, tensor: Tensor, event: int) -> bool:
+        """Whether this is a value that event ``event`` or a later one made."""
+        number = self.numbers.get(id(tensor))
+        return number is not None and self._recording.values[number].event >= event
+
+    def refresh(self, tensor: Tensor) -> None:
+        """A value that its event changed in place later: a gradient may reach it now."""
+        number = self.numbers[id(tensor)]
+        if self._recording.values[number].requires_grad != tensor.requires_grad:
+            values = self._recording.values
+            values[number] = replace(values[number], requires_grad=tensor.requires_grad)
+            self._recording.placeholders[number].requires_grad_(tensor.requires_grad)
+
+    def _described(self, leaf: Any, paths: dict[int, Path], event: int) -> Leaf:
         if id(leaf) in paths and not isinstance(leaf, PLAIN):
             return Same(paths[id(leaf)])
-        return New(self._value(leaf, None)) if isinstance(leaf, Tensor) else Constant(leaf)
+        if isinstance(leaf, Tensor):
+            return New(self.value(leaf, event))
+        return Constant(leaf, fixed=next(held_by(leaf), None) is None)
 
-    def _changed(self, tensor: Tensor, what: Happening) -> int:
+    def _changed(self, tensor: Tensor, what: Happening, event: int) -> int:
         """A new version of the same object."""
         if tensor.untyped_storage()._cdata in self._parameter_memory:
             refusals.changes_parameter(what.name, what.where.line)
         number = self.numbers.get(id(tensor))
-        return self._value(tensor, None if number is None else self._recording.values[number].thing)
+        return self._value(tensor, None if number is None else self._recording.values[number].thing, event)
 
-    def _value(self, tensor: Tensor, thing: int | None) -> int:
+    def _value(self, tensor: Tensor, thing: int | None, event: int) -> int:
         values = self._recording.values
         number, fake = len(values), self._written.fake_of(tensor)
         storage = self._storages.setdefault(fake.untyped_storage()._cdata, number)
         spec = TensorSpec(tuple(fake.shape), fake.dtype, fake.device)
         thing = number if thing is None else thing
-        event = len(self._recording.events)
         values.append(Value(number, event, spec, tuple(fake.stride()), fake.requires_grad, thing, storage))
         self._recording.placeholders.append(fake.detach().requires_grad_(fake.requires_grad))
         self._keep += (tensor, fake)

@@ -18,9 +18,23 @@ from torch.utils import _pytree as pytree
 
 from raypipe.errors import CutError
 from raypipe.model.cuts import Together, forbidden_cuts, parted
+from raypipe.model.hooks import HookPlace
 from raypipe.tensors import TensorSpec
 
-__all__ = ["Constant", "Event", "Mutation", "New", "Path", "Recording", "Same", "Value", "Window"]
+__all__ = [
+    "Constant",
+    "Event",
+    "Leaf",
+    "Left",
+    "Mutation",
+    "New",
+    "Path",
+    "Play",
+    "Recording",
+    "Same",
+    "Value",
+    "Window",
+]
 
 Path = tuple[str | int, ...]
 """Where an argument stands in ``(args, kwargs)``: keys and indices."""
@@ -59,9 +73,10 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """An output leaf that is no tensor; the owner checks that it is the same in every run."""
+    """An output leaf that is no tensor; the owner checks that a ``fixed`` one is the same in every run."""
 
     value: Any
+    fixed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +87,41 @@ class Mutation:
     value: int
 
 
+Leaf = New | Same | Constant
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """A hook ran inside of a unit.
+
+    Attributes: ``place`` of the hook; ``leaves`` and ``tree`` of what it was given beside its module.
+    """
+
+    place: HookPlace
+    leaves: tuple[Leaf, ...]
+    tree: pytree.TreeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A unit left tensors in an attribute, or in a list or dict.
+
+    Attributes: ``path`` of the argument, or None for an attribute: ``attribute``, the path of the module inside of the
+    unit and the name; ``refilled``, whether it is a list or dict that holds others now; ``leaves`` and ``tree`` of what
+    it is or holds.
+    unit and the name; ``leaves`` and ``tree`` of what it is or holds.
+    """
+
+    path: Path | None
+    attribute: tuple[str, str]
+    refilled: bool
+    leaves: tuple[Leaf, ...]
+    tree: pytree.TreeSpec
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event.
+    """One event. What the body of a hook inside of a unit does are events after the unit call's.
 
     Attributes:
         name: the unit's, or the function's.
@@ -88,13 +135,15 @@ class Event:
         random: whether it is a function that draws random numbers.
         region: equal for events of one checkpointed call, or None.
         backward_flops: of the backward.
+        plays: the hooks that ran inside of the unit.
+        left: what the unit left behind without returning it.
     """
 
     name: str
     call: int | None
     uses: tuple[int, ...]
     parameters: tuple[str, ...]
-    leaves: tuple[New | Same | Constant, ...]
+    leaves: tuple[Leaf, ...]
     tree: pytree.TreeSpec
     mutations: tuple[Mutation, ...] = ()
     flops: int = 0
@@ -102,6 +151,8 @@ class Event:
     random: bool = False
     region: int | None = None
     backward_flops: int = 0
+    plays: tuple[Play, ...] = ()
+    left: tuple[Left, ...] = ()
 
     @property
     def nested(self) -> bool:
@@ -133,6 +184,10 @@ class Recording:
     """Leaves of the outputs that units filled out of sight (a cache of keys): None is returned in their place."""
     together: list[Together] = field(default_factory=list)
     """Events that must lie in one chunk, since what goes on between them cannot be carried."""
+    inside: frozenset[str] = frozenset()
+    """Names of hooks whose bodies belong to the unit: they do what code between units cannot."""
+    running: int | None = None
+    """The event of the unit call that runs now, while the forward is recorded."""
     stopped: str | None = None
     """Why nothing is known of the end of the forward, where that is so: it asked a value for its data."""
     _windows: dict[tuple[int, ...], tuple[Window, ...]] = field(default_factory=dict)
@@ -142,6 +197,11 @@ class Recording:
     def calls(self) -> tuple[int, ...]:
         """The event of each unit call."""
         return tuple(number for number, event in enumerate(self.events) if event.call is not None)
+
+    @property
+    def beside(self) -> bool:
+        """Whether hooks or attributes carry anything."""
+        return any(event.plays or event.left for event in self.events)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ __all__ = [
     "hidden",
     "inside_function",
     "lasting",
-    "opaque",
 ]
 
 
@@ -31,21 +30,12 @@ def asks_for_data(line: str, name: str, what: str) -> str:
     )
 
 
-def hidden(tensor: Tensor, maker: str, user: str, line: str) -> NoReturn:
-    """A value that leaves its unit by another way than being returned."""
-    raise CutError(
-        f"{user} at {line} uses a {tensor.dtype} tensor {tuple(tensor.shape)} that was made inside {maker} and not "
-        "returned by it (a hook, an attribute or a list kept it), so another stage cannot have it; return it from the "
-        "unit, or make both ends one unit with units=[...]"
-    )
-
-
-def opaque(unit: str, result: object) -> NoReturn:
-    """Tensors in an object that cannot be looked into."""
-    kind = type(result).__name__
-    raise CutError(
-        f"{unit} returns a {kind} that holds tensors, and a {kind} cannot be sent to another stage; return a tuple, a "
-        "dict or a dataclass that is registered with torch.utils._pytree.register_dataclass"
+def hidden(tensor: Tensor, maker: str, user: str, line: str) -> tuple[str, str]:
+    """A value that leaves its unit by another way than being returned: what a cut would part, and what to do."""
+    return (
+        f"a {tensor.dtype} tensor {tuple(tensor.shape)}, made inside {maker} and not returned by it (an object that "
+        f"others share kept it), from {user} at {line}, which uses it",
+        "return it from the unit, or let a hook or an attribute of a module in the unit keep it",
     )
 
 
@@ -89,16 +79,18 @@ def foreign_buffer(buffer: str, user: str, line: str) -> NoReturn:
     )
 
 
-def inside_function(function: str, name: str, line: str) -> NoReturn:
-    """What an ``autograd.Function`` does with a value cannot be cut."""
+def inside_function(function: str | None, name: str, line: str) -> tuple[str, str]:
+    """What an ``autograd.Function`` does with a value has one backward: what a cut would part, and what to do."""
     if function == "CheckpointFunction":
-        raise CutError(
-            f"{name} at {line} runs inside torch.utils.checkpoint with use_reentrant=True, which hides the graph; use "
-            "use_reentrant=False, or checkpoint inside of the unit"
+        return (
+            f"{name} at {line} from what follows it: it runs inside torch.utils.checkpoint with use_reentrant=True, "
+            "which hides the graph",
+            "use use_reentrant=False, or checkpoint inside of the unit",
         )
-    raise CutError(
-        f"{name} at {line} runs inside the autograd function {function}, applied outside of every unit, where its own "
-        "backward cannot be cut; apply it inside a module that is a unit (units=[...])"
+    return (
+        f"{name} at {line} from what follows it: it runs inside the autograd function {function}, applied outside of "
+        "every unit, whose own backward cannot be cut",
+        "apply it inside a module that is a unit (units=[...])",
     )
 
 

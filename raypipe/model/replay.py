@@ -8,7 +8,6 @@ again. After the last unit call nothing is looked at any more: one stage runs al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -16,7 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from raypipe.errors import CutError
+from raypipe.model.attributes import Snapshot
+from raypipe.model.beside import Hearing, leave, name_left, play
 from raypipe.model.functions import SHAPES, changes_in_place, function_name
+from raypipe.model.hooks import heard
 from raypipe.model.intercept import Switch, Watch
 from raypipe.model.recording import Constant, Event, New, Recording, Same, Window
 from raypipe.model.seeds import Seeds, pass_by, run_keyed
@@ -58,11 +60,15 @@ def replay(
         CutError: the model took another way than in its recording.
     """
     run = _Replay(parameters, recording, window, received)
+    kept = Snapshot(model) if recording.beside else None
     outputs: Any = None
     with switch.on(run):
         seeds.start()
-        with suppress(_EndOfWindow):
+        try:
             outputs = forward(model)
+        except _EndOfWindow:
+            if kept is not None:  # the end of the forward, which may empty a list that hooks fill, does not run here
+                kept.restore_contents()
     if run.event != window.end and not run.in_tail:
         raise CutError(
             f"the model's forward ended at event {run.event} ({run.name(run.event)} was next when it was planned): it "
@@ -117,52 +123,85 @@ class _Replay(Watch):
         if self.in_tail:
             raise CutError(self.recording.stopped or self._another_way(name))
         with self.off():
-            event = self._enter(name)
-            if self.event < self.window.start:
+            number, event = self._enter(name)
+            if number < self.window.start:
                 pass_by()
-                return self._answer(event, args, kwargs)
+                result = self._answer(event, args, kwargs)
+                if event.plays or event.left:
+                    unit: nn.Module = call.__self__  # type: ignore[attr-defined]
+                    play(event, unit, (args, kwargs), self.recording, self._stand_in, self._seen)
+                    leave(event, unit, (args, kwargs), self._stand_in)
+                return result
             if any(type(tensor) is FakeTensor for _, tensor in tensors_in((args, kwargs))):
                 self._refuse_placeholder()
+            if not event.plays and not event.left:
+                result = run_keyed(lambda: call(*args, **kwargs))
+            else:
+                result = self._run_and_hear(event, call, args, kwargs)
+            self._made(event, result, args, kwargs)
+            self.in_tail = number == self.last_call
+            return result
+
+    def _run_and_hear(
+        self, event: Event, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        unit: nn.Module = call.__self__  # type: ignore[attr-defined]
+        hearing = Hearing(event, self._name, self._seen)
+        with heard(unit, hearing, self.recording.inside):
             result = run_keyed(lambda: call(*args, **kwargs))
-            return self._made(event, result, args, kwargs)
+        hearing.finish()
+        name_left(event, unit, (args, kwargs), self._name)
+        return result
+
+    def _seen(self, hook: Callable[[], Any]) -> Any:
+        with self.on_again():
+            return hook()
 
     def function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = function_name(func)
         if name in SHAPES:
             return func(*args, **kwargs)
         if self.name(self.event) == name:
-            event = self._enter(name)
-            if self.event < self.window.start:
+            number, event = self._enter(name)
+            if number < self.window.start:
                 if event.random:
                     pass_by()
                 return self._answer(event, args, kwargs)
             if FakeTensor in map(type, args):
                 self._refuse_placeholder()
             result = run_keyed(lambda: func(*args, **kwargs)) if event.random else func(*args, **kwargs)
-            return self._made(event, result, args, kwargs)
+            self._made(event, result, args, kwargs)
+            return result
         result = func(*args, **kwargs)
         if changes_in_place(name, kwargs) or next(tensors_in(result), None) is not None:
             raise CutError(self._another_way(name))
         return result
 
-    def _enter(self, name: str) -> Event:
-        if self.event >= self.window.end:
+    def _enter(self, name: str) -> tuple[int, Event]:
+        """The next event, which has this name, and its number."""
+        number = self.event
+        if number >= self.window.end:
             raise _EndOfWindow
-        event = self.events[self.event]
+        event = self.events[number]
         if event.name != name:
             raise CutError(self._another_way(name))
-        return event
+        self.event += 1
+        return number, event
+
+    def _stand_in(self, value: int) -> Tensor:
+        """The tensor for a value that another stage computes: received, or a placeholder."""
+        tensor = self.received.get(self.recording.values[value].thing)
+        if tensor is None:
+            tensor = self.recording.placeholders[value]
+        self.mark(tensor)
+        return tensor
 
     def _answer(self, event: Event, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an event that another stage computes."""
         leaves: list[Any] = []
         for leaf in event.leaves:
             if isinstance(leaf, New):
-                tensor = self.received.get(self.recording.values[leaf.value].thing)
-                if tensor is None:
-                    tensor = self.recording.placeholders[leaf.value]
-                self.mark(tensor)
-                leaves.append(tensor)
+                leaves.append(self._stand_in(leaf.value))
             else:
                 leaves.append(at_path((args, kwargs), leaf.path) if isinstance(leaf, Same) else leaf.value)
         for mutation in event.mutations:
@@ -173,10 +212,9 @@ class _Replay(Watch):
                 target.copy_(tensor)
                 self.received[thing] = target
             self.mark(target)
-        self.event += 1
         return pytree.tree_unflatten(leaves, event.tree) if event.nested else leaves[0]
 
-    def _made(self, event: Event, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _made(self, event: Event, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Marks the values that an event of the window made, and keeps those that are sent."""
         if not event.nested and type(result) is Tensor:
             leaves: list[Any] = [result]
@@ -187,16 +225,13 @@ class _Replay(Watch):
         for leaf, planned in zip(leaves, event.leaves, strict=True):
             if isinstance(planned, New):
                 self._name(leaf, planned.value)
-            elif isinstance(planned, Constant) and not _same(leaf, planned.value):
+            elif isinstance(planned, Constant) and planned.fixed and not _same(leaf, planned.value):
                 raise CutError(
                     f"{event.name} returned {leaf!r} where it returned {planned.value!r} when it was planned: a number "
                     "that depends on the data cannot be carried; return it as a tensor"
                 )
         for mutation in event.mutations:
             self._name(at_path((args, kwargs), mutation.path), mutation.value)
-        self.in_tail = self.event == self.last_call
-        self.event += 1
-        return result
 
     def _name(self, tensor: Any, value: int) -> None:
         if not isinstance(tensor, Tensor):

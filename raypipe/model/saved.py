@@ -68,7 +68,10 @@ class Saved:
         if number not in self._resident:
             storage = tensor.untyped_storage()
             self._keep.append(storage)
-            event = len(self._recording.events) if self._last is None else self._last
+            event = self._last
+            if event is None:
+                running = self._recording.running
+                event = len(self._recording.events) if running is None else running
             self.by_event.setdefault(event, {})[number] = storage.nbytes()
         with torch.no_grad():
             return tensor.detach()  # the tensor itself would hold the graph that holds it

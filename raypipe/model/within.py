@@ -1,25 +1,33 @@
 """What goes on inside a unit while it is recorded: what it reads beside its arguments, and what it makes.
 
 A value that reaches a unit by an attribute or a closure is as good as an argument. A tensor that another unit made and
-did not return is refused: another stage would not have it. What depends on no value (a rotary table that the first
-block makes and all use) is nobody's secret.
+kept to itself can be used in its own chunk alone. What depends on no value (a rotary table that the first block makes
+and all use) is nobody's secret.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from raypipe.model import refusals
-from raypipe.model.frames import user_line
 from raypipe.model.trees import tensors_in
 
-__all__ = ["Within", "maker_of"]
+__all__ = ["Maker", "Within", "maker_of"]
+
+
+class Maker(NamedTuple):
+    """What made a tensor: the ``event`` of a ``unit``'s call in the run with this ``mark``, of a value or without."""
+
+    mark: object
+    event: int
+    unit: str
+    of_value: bool
+
 
 _NO_MEMORY = "its data is not allocated yet"
 """What PyTorch says where C++ reads a fake's memory itself, as recurrent layers do with packed sequences."""
@@ -35,9 +43,12 @@ class Within(TorchFunctionMode):
         values: numbers of the run's values, by the id of their tensors.
         parameters: names of all parameters, by id.
         own: names of the unit's own.
+        event: number of the call's event.
+        hidden: is told of a tensor that another unit made and kept to itself, and which unit uses it.
         on_numbers: runs a function for real on stand-ins for its arguments.
 
-    Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments.
+    Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments; ``paused``, while the body of a
+    hook runs, which is no part of the unit.
     """
 
     def __init__(
@@ -48,6 +59,8 @@ class Within(TorchFunctionMode):
         values: Mapping[int, int],
         parameters: Mapping[int, str],
         own: Iterable[str],
+        event: int,
+        hidden: Callable[[Tensor, str], None],
         on_numbers: Callable[[Any, Any, Any], Any],
     ) -> None:
         super().__init__()
@@ -55,11 +68,14 @@ class Within(TorchFunctionMode):
         self._unit, self._mark = unit, mark
         self._given = {id(tensor): is_value for tensor, is_value in given}
         self._values, self._parameters, self._own = values, parameters, frozenset(own)
-        self._call = object()
+        self._event, self._hidden = event, hidden
+        self.paused = False
         self.uses: list[int] = []
         self.parameters_used: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.paused:
+            return func(*args, **(kwargs or {}))
         tainted = [self._is_value(tensor) for _, tensor in tensors_in((args, kwargs or {}))]
         try:
             result = func(*args, **(kwargs or {}))
@@ -69,9 +85,8 @@ class Within(TorchFunctionMode):
             result = self._on_numbers(func, args, kwargs or {})
             if torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors_in((args, kwargs or {}))):
                 result = pytree.tree_map_only(Tensor, _with_gradient, result)
-        if any(tainted):
-            for _, tensor in tensors_in(result):
-                tensor._raypipe_maker = (self._mark, self._call, self._unit)  # type: ignore[attr-defined]
+        for _, tensor in tensors_in(result):
+            tensor._raypipe_maker = Maker(self._mark, self._event, self._unit, any(tainted))  # type: ignore[attr-defined]
         return result
 
     def _is_value(self, tensor: Tensor) -> bool:
@@ -85,11 +100,11 @@ class Within(TorchFunctionMode):
         if id(tensor) in self._values:
             self.uses.append(self._values[id(tensor)])
             return True
-        maker = getattr(tensor, "_raypipe_maker", None)
-        if maker is None or maker[0] is not self._mark:
+        maker = maker_of(tensor, self._mark)
+        if maker is None or not maker.of_value:
             return False
-        if maker[1] is not self._call:
-            refusals.hidden(tensor, maker[2], self._unit, user_line())
+        if maker.event != self._event:
+            self._hidden(tensor, self._unit)
         return True
 
 
@@ -97,7 +112,7 @@ def _with_gradient(fake: Tensor) -> Tensor:
     return fake.requires_grad_() if fake.is_floating_point() else fake
 
 
-def maker_of(tensor: Tensor, mark: object) -> str | None:
-    """The unit that made a tensor in this run, where it is known."""
-    maker = getattr(tensor, "_raypipe_maker", None)
-    return maker[2] if maker is not None and maker[0] is mark else None
+def maker_of(tensor: Tensor, mark: object) -> Maker | None:
+    """Which unit call made a tensor in this run, where one did."""
+    maker: Maker | None = getattr(tensor, "_raypipe_maker", None)
+    return maker if maker is not None and maker.mark is mark else None

@@ -93,9 +93,7 @@ class Slice:
         if known is not None:
             self._planned[key] = known  # the most recently used stand last
         else:
-            # The twin's forward may change its microbatch in place.
-            own = pytree.tree_map_only(Tensor, torch.clone, batch)
-            recording = record(self._twin, lambda model: self._caller.outputs(model, own))
+            recording = record(self._twin, lambda model: self._caller.outputs(model, _copied(batch)))
             if len(recording.calls) != self._calls:
                 raise CutError(
                     f"the model makes {len(recording.calls)} unit calls for this batch and made {self._calls} for the "
@@ -135,11 +133,11 @@ class Slice:
 
         Empty where fakes cannot follow the forward to its end.
         """
-        own, shapes = pytree.tree_map_only(Tensor, torch.clone, batch), []
+        shapes: list[tuple[int, ...] | None] = []
 
         def forward(model: nn.Module) -> Any:
-            outputs = self._caller.outputs(model, own)
-            shapes.extend(shapes_of(outputs))
+            outputs = self._caller.outputs(model, _copied(batch))
+            shapes[:] = shapes_of(outputs)
             return outputs
 
         record(self._twin, forward)
@@ -147,6 +145,11 @@ class Slice:
 
     def _modules(self) -> list[nn.Module]:
         return [*self.model.modules(), *self._twin.model.modules()]
+
+
+def _copied(batch: Any) -> Any:
+    """The twin's forward may change its microbatch in place."""
+    return pytree.tree_map_only(Tensor, torch.clone, batch)
 
 
 def signature(batch: Any) -> tuple[Any, ...]:
