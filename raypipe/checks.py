@@ -57,7 +57,7 @@ def refuse_changing_buffers(
 
     Raises:
         ValueError: a step's several microbatches would each change one, and ``batch_norm`` does not accept that.
-        CutError: a unit that is called in two chunks changes one.
+        CutError: one that is changed is held by two chunks.
     """
     if changed and options.most_microbatches > 1 and options.batch_norm != "microbatch":
         raise ValueError(
@@ -71,6 +71,12 @@ def refuse_changing_buffers(
             raise CutError(
                 f"{unit} is called in chunks {chunks} and changes its buffer {inside[0]}, which would differ between "
                 "them; keep its calls in one chunk with balance=[...]"
+            )
+        readers = [number for number, chunk in enumerate(cut.chunks) if set(inside).intersection(chunk.buffers)]
+        if readers and readers != chunks:
+            raise CutError(
+                f"chunk {readers[0]} reads the buffer {inside[0]} outside of {unit}, which changes it in chunk "
+                f"{chunks[0]}; keep both in one chunk with balance=[...], or make both ends one unit with units=[...]"
             )
 
 

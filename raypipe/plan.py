@@ -84,6 +84,7 @@ class Plan:
         chunks = [c for number, c in enumerate(self.partition.chunks) if self.schedule.stage_of(number) == stage]
         units = {unit for chunk in chunks for unit in chunk.units}
         inside = [name for unit in units for name in self.skeleton.unit_buffers[unit]]
+        inside += [name for chunk in chunks for name in chunk.buffers]
         held = {name: parameters[name].detach() for name in self.held_by(stage)}
         return {**held, **{name: buffers[name].detach() for name in inside}}
 

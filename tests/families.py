@@ -105,6 +105,12 @@ def _masked_batch(samples: int = 8, *, seed: int = 1, **padding: Any) -> Batch:
     return {**batch, "token_type_ids": (torch.arange(12) >= 4).long().repeat(samples, 1)}
 
 
+def _masked_unmasked_batch(samples: int = 8, *, seed: int = 1) -> Batch:
+    """For a model that knows no mask, and takes its segments from a buffer."""
+    batch = text_batch(samples, seed=seed)
+    return {key: batch[key] for key in ("input_ids", "labels")}
+
+
 def _classified_batch(samples: int = 8, *, seed: int = 1, **padding: Any) -> Batch:
     """For a classifier of sequences."""
     batch = _masked_batch(samples, seed=seed, **padding)
@@ -166,6 +172,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}, text_batch),
     "bert_masked": Family("BertForMaskedLM", _BERT, _masked_batch, shared=True),
     "bert_classifier": Family("BertForSequenceClassification", {**_BERT, "num_labels": 3}, _classified_batch),
+    "fnet": Family("FNetForMaskedLM", _BERT, _masked_unmasked_batch, shared=True),
     "albert": Family(
         "AlbertForMaskedLM",
         {**_BERT, "embedding_size": 8, "num_hidden_layers": 4},

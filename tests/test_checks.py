@@ -9,8 +9,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from parity import Case, assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import trainer_of
 
 from raypipe import PipelineTrainer
 from raypipe.errors import CutError
@@ -102,3 +104,46 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     model = Toy()
     with pytest.raises(ValueError, match="made an optimizer of other parameters"):
         trainer(model, optimizer=lambda parameters: torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+class Lending(nn.Module):
+    """A function outside of units reads a buffer of the first unit."""
+
+    def __init__(self, *, changing: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Averaged(changing), nn.Linear(4, 4), nn.Linear(4, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, three = self.blocks
+        return three(two(one(x)).relu() * one.factor[:4])
+
+
+class Averaged(nn.Linear):
+    """May change its buffer."""
+
+    def __init__(self, changing: bool) -> None:
+        super().__init__(4, 4)
+        self.changing = changing
+        self.register_buffer("factor", torch.linspace(0.5, 2.0, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.changing:
+            self.factor[0] += x.detach().mean()
+        return super().forward(x) * self.factor[0]
+
+
+def test_a_units_buffer_may_be_read_by_another_stage() -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    case = Case(Lending(changing=False), batch, {"loss": F.cross_entropy, "balance": [1, 1, 1]})
+    assert_exact(lambda: case, [(3, "1f1b", 2)])
+    with trainer_of(case.model, 3, **case.options) as trainer:
+        trainer.train_step(batch)
+        assert list(trainer.state_dict()) == list(case.model.state_dict())
+
+
+def test_a_units_buffer_that_changes_may_not() -> None:
+    batch = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    options = {"loss": F.cross_entropy, "microbatches": 1, "balance": [1, 2], "example": batch}
+    with pytest.raises(CutError, match=r"reads the buffer blocks.0.factor outside of blocks.0, which changes it"):
+        trainer_of(Lending(changing=True), 2, **options)

@@ -97,8 +97,9 @@ def keeps_statistics(model: Any, x: Tensor) -> Tensor:
     return x
 
 
-def reads_a_units_buffer(model: Any, x: Tensor) -> Tensor:
-    return chain(model, x) * model.blocks[0].factor
+def changes_a_units_buffer(model: Any, x: Tensor) -> Tensor:
+    model.blocks[0].factor[:2].mul_(2.0)
+    return chain(model, x)
 
 
 def hooks_a_gradient(model: Any, x: Tensor) -> Tensor:
@@ -132,9 +133,9 @@ class Block(nn.Linear):
         (asks_shape, r"for its data \(__getitem__\)"),
         (writes_a_view, r"copy_ at .*py:\d+ writes a value into a view"),
         (reads_a_stale_view, r"reads one whose memory a value was written into through another"),
-        (clamps_a_parameter, r"clamp_ at .*py:\d+ changes a parameter in place outside of its unit"),
+        (clamps_a_parameter, r"clamp_ at .*py:\d+ changes a parameter or a buffer in place outside of its unit"),
         (keeps_statistics, r"changes the buffer mean outside of every unit"),
-        (reads_a_units_buffer, r"reads the buffer blocks.0.factor outside of its unit"),
+        (changes_a_units_buffer, r"mul_ at .*py:\d+ changes a parameter or a buffer in place outside of its unit"),
         (hooks_a_gradient, r"calls register_hook on a torch.float32 tensor \(4, 8\) made by tanh"),
         (takes_a_gradient, r"calls grad on"),
         (draws_in_a_checkpoint, r"dropout at .*py:\d+ draws random numbers inside torch.utils.checkpoint"),

@@ -45,7 +45,7 @@ def call_costs(
             call = event.call
             names += unit_parameters[event.name]
         flops[call] += event.flops + event.backward_flops
-        parameters[call] += sum(sizes[name] for name in dict.fromkeys(names) if name not in seen)
+        parameters[call] += sum(sizes.get(name, 0) for name in dict.fromkeys(names) if name not in seen)
         seen.update(names)
     if balance == "flops" and any(flops):
         # An embedding has no matrix product and is not free: a millionth of its parameters decides between equals.

@@ -24,7 +24,8 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[int, str]) -> None:
         super().__init__()
-        self.parameters = parameters  # by id of the tensor: every parameter is a source of values
+        # By id of the tensor: every parameter is a source of values. A stage's also has its units' buffers.
+        self.parameters = parameters
         self.inside = False
         self._popped = False
         # Not the run itself: a tensor that a model keeps must not keep the run's activations alive.

@@ -98,7 +98,8 @@ def windows_from(sizes: Sizes, start: int) -> Iterator[Bytes]:
             trained = [v for v in outgoing if v.requires_grad]
             kept.update((sizes.saved.of_value(v), v.spec.nbytes) for v in trained)
             back = sum(v.spec.nbytes for v in trained)
-        held = [sizes.parameters[name] for name in names]
+        # A unit's buffer that is read elsewhere is small (segments, positions) and not counted twice.
+        held = [sizes.parameters[name] for name in names if name in sizes.parameters]
         yield Bytes(
             sum(p.weight for p in held) + sum(sizes.unit_buffers.get(unit, 0) for unit in units) + sizes.everywhere,
             sum(p.gradient for p in held),

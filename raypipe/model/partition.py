@@ -31,7 +31,8 @@ class Chunk:
 
     Attributes: ``units``, a name for each of its unit calls; ``parameters``, names of those that it holds; ``flops`` of
     its forward for the microbatch of the recording, and ``backward_flops``; ``boundary_bytes`` that it sends forward
-    for it; ``time`` of both, where it was measured.
+    for it; ``time`` of both, where it was measured; ``buffers``, names of units' buffers that it reads outside of their
+    units.
     """
 
     units: tuple[str, ...]
@@ -40,6 +41,7 @@ class Chunk:
     boundary_bytes: int
     backward_flops: int = 0
     time: CallTime | None = None
+    buffers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ def _chunks(
                 sum(value.spec.nbytes for value in window.outputs),
                 sum(event.backward_flops for event in events),
                 None if times is None else _sum(times[event.call] for event in events if event.call is not None),
+                tuple(name for name in held if name not in sizes),
             )
         )
     return tuple(made)

@@ -266,6 +266,8 @@ class _Recorder(Watch):
                 uses.append(self.numbers[id(tensor)])
             elif id(tensor) in self.parameters:
                 parameters.append(self.parameters[id(tensor)])
+            elif self.twin.is_fake(tensor) and id(tensor) in self.twin.buffers:
+                parameters.append(self.twin.buffers[id(tensor)])  # a unit's, which its user then holds too
             elif self.twin.is_fake(tensor):
                 self._hidden(tensor, name, END)
             elif self.written.shows(tensor):

@@ -127,7 +127,8 @@ class Event:
         name: the unit's, or the function's.
         call: the number of the unit call, or None.
         uses: numbers of the values that it reads.
-        parameters: names of those that it reads outside of their units, and of those of units that it calls inside.
+        parameters: names of those that it reads outside of their units, of those of units that it calls inside, and of
+            units' buffers that it reads outside of their units.
         leaves: of its result, whose structure is ``tree``.
         mutations: what it changes in place.
         flops: of the forward.

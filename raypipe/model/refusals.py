@@ -66,8 +66,8 @@ def changes_buffer(buffer: str, name: str, line: str) -> NoReturn:
 def changes_parameter(name: str, line: str) -> NoReturn:
     """A parameter that is clamped in the forward, on one of its holders."""
     raise CutError(
-        f"{name} at {line} changes a parameter in place outside of its unit, but several stages may hold a copy; "
-        "change it inside its own module, or compute with a changed copy"
+        f"{name} at {line} changes a parameter or a buffer in place outside of its unit, but several stages may hold a "
+        "copy; change it inside its own module, or compute with a changed copy"
     )
 
 

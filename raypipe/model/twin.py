@@ -24,7 +24,7 @@ class Twin:
 
     Attributes: ``model``, ``units`` by name, ``switch`` of their calls, ``mode`` of all its fakes, ``parameters`` (name
     by id, for every parameter), ``buffers`` likewise, ``unit_parameters`` (names, by unit), ``parameter_memory`` (the
-    addresses of the parameters' storages).
+    addresses of the storages of parameters and of units' buffers).
     """
 
     def __init__(self, model: nn.Module, patterns: Sequence[str] | None = None) -> None:
@@ -43,7 +43,8 @@ class Twin:
             for name, unit in self.units.items()
         }
         self.buffers = {id(b): name for name, b in self.model.named_buffers()}
-        self.parameter_memory = {p.untyped_storage()._cdata for p in self.model.parameters()}
+        held = [*self.model.parameters(), *(b for unit in self.units.values() for b in unit.buffers())]
+        self.parameter_memory = {tensor.untyped_storage()._cdata for tensor in held}
         self.switch: Switch = install(self.units)
 
     def fake(self, tensor: Tensor, *, parameter: bool = False) -> Tensor:

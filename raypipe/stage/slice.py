@@ -70,10 +70,13 @@ class Slice:
         self._twin = Twin(skeleton.model, patterns)
         self.model = materialise(skeleton, tensors)
         self._cuts, self._calls, self._caller = cuts, calls, caller
-        self._switch = install(find_units(self.model, patterns))
+        units = find_units(self.model, patterns)
+        self._switch = install(units)
         named = dict(self.model.named_parameters())
         self._trainable = {name for name, parameter in self._twin.model.named_parameters() if parameter.requires_grad}
         self._names = {id(parameter): name for name, parameter in named.items()}
+        buffers = {id(buffer): name for name, buffer in self.model.named_buffers()}
+        self._names.update((id(b), buffers[id(b)]) for unit in units.values() for b in unit.buffers())
         self.parameters = {name: p for name, p in named.items() if not isinstance(p, Husk)}
         self._train_modes = [(module, module.training) for module in (*self._modules(),)]
         self._training = True
