@@ -81,9 +81,14 @@ class _Stage:
 
     def __init__(self, plan: Plan, batch: Any) -> None:
         self._chunk = 1
-        options = plan.options
+        options, tensors = plan.options, plan.origin.share(plan.tensors_of(1))()
         self._slice = Slice(
-            plan.skeleton, plan.tensors_of(1), options.units, plan.partition.cuts, plan.calls, plan.caller
+            plan.skeleton,
+            tensors,
+            options.units,
+            plan.partition.cuts,
+            plan.calls,
+            plan.caller,
         )
         self._units = [self._slice.model.get_submodule(unit) for unit in plan.partition.chunks[1].units]
         self._batch = plan.layout.split(batch, options.most_microbatches)[0].batch

@@ -21,7 +21,6 @@ from raypipe.stage.spec import OptimizerMaker, SchedulerMaker
 __all__ = [
     "NOT_YET",
     "Options",
-    "checked_model",
     "default_optimizer",
     "from_pretrained",
     "not_yet",
@@ -160,22 +159,6 @@ def refuse_not_yet(given: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name}={value!r} is not built yet, this version allows {name}={NOT_YET[name]!r} only; leave it out"
             )
-
-
-def checked_model(model: object) -> nn.Module:
-    """The model.
-
-    Raises:
-        TypeError: it is none, or it is a callable that would make one.
-    """
-    if isinstance(model, nn.Module):
-        return model
-    if callable(model):
-        raise TypeError(
-            "model is a callable, but building a model on the ranks is not built yet; call it and give the nn.Module "
-            "that it returns"
-        )
-    raise TypeError(f"model is a {type(model).__name__}, but must be an nn.Module")
 
 
 def opened_sources(datasets: object, evaluate_every: int | None) -> Mapping[str, Source]:

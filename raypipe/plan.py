@@ -17,7 +17,7 @@ from raypipe.checks import (
     refuse_untrainable,
     try_optimizers,
 )
-from raypipe.data.wire import Wire, pack, unpack
+from raypipe.data.wire import pack, unpack
 from raypipe.errors import BatchError
 from raypipe.model.build import Skeleton, make_skeleton
 from raypipe.model.call import Caller
@@ -25,8 +25,11 @@ from raypipe.model.husk import names_of, replace_tensors
 from raypipe.model.measure import measure, runnable_copy
 from raypipe.model.memory import worst_case
 from raypipe.model.microbatch import BatchLayout, LayoutCache, find_layout
+from raypipe.model.origin import Origin, origin_of
 from raypipe.model.partition import Partition, partition
-from raypipe.model.probe import find_rule
+from raypipe.model.probe import find_rule, probe
+from raypipe.model.streamed import streaming
+from raypipe.model.trial_run import tolerance_of
 from raypipe.model.twin import Twin
 from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
@@ -37,7 +40,7 @@ from raypipe.stage.worker import StageWorker
 from raypipe.topology import Topology
 from raypipe.transport.base import Wiring
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "planned_origin"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,7 +58,7 @@ class Plan:
         caller: how the model is called and its loss found.
         skeleton: the model without its weights.
         calls: how many unit calls the model makes.
-        model: the user's own, which is never changed.
+        origin: the model, and where its tensors come from.
         stages: what each stage holds, computes and sends.
     """
 
@@ -69,18 +72,23 @@ class Plan:
     caller: Caller
     skeleton: Skeleton
     calls: int
-    model: nn.Module
+    origin: Origin
     stages: tuple[StagePlan, ...] = ()
+
+    @property
+    def model(self) -> nn.Module:
+        """The unsplit model: the user's own, or one of husks."""
+        return self.origin.model
 
     def held_by(self, stage: int) -> tuple[str, ...]:
         """Names of the parameters on a stage, in model order."""
         chunks = [c for number, c in enumerate(self.partition.chunks) if self.schedule.stage_of(number) == stage]
         names = {name for chunk in chunks for name in chunk.parameters}
-        return tuple(name for name in names_of(self.model)[0] if name in names)
+        return tuple(name for name in names_of(self.skeleton.model)[0] if name in names)
 
     def tensors_of(self, stage: int) -> dict[str, Tensor]:
-        """The parameters and buffers that a stage holds; the user's own tensors, not copies."""
-        parameters, buffers = names_of(self.model)
+        """The parameters and buffers that a stage holds, as husks: names, shapes and dtypes."""
+        parameters, buffers = names_of(self.skeleton.model)
         chunks = [c for number, c in enumerate(self.partition.chunks) if self.schedule.stage_of(number) == stage]
         units = {unit for chunk in chunks for unit in chunk.units}
         inside = [name for unit in units for name in self.skeleton.unit_buffers[unit]]
@@ -91,7 +99,7 @@ class Plan:
     def gradients(self) -> Gradients:
         """Whose gradients are whose."""
         held = [self.held_by(stage) for stage in range(self.topology.stages)]
-        trainable = [name for name, p in names_of(self.model)[0].items() if p.requires_grad]
+        trainable = [name for name, p in names_of(self.skeleton.model)[0].items() if p.requires_grad]
         holders = {name: tuple(s for s, names in enumerate(held) if name in names) for name in trainable}
         shared: dict[tuple[int, ...], list[str]] = {}
         for name, stages in holders.items():
@@ -140,8 +148,8 @@ class Plan:
 
     def build_of(self, rank: int) -> Callable[[], StageWorker]:
         """What makes a rank's worker, in whatever process it is called."""
-        tensors = pack(self.tensors_of(self.topology.place(rank).stage))
-        return functools.partial(_build, self.spec(), rank, tensors)
+        share = self.origin.share(self.tensors_of(self.topology.place(rank).stage))
+        return functools.partial(_build, self.spec(), rank, share)
 
     def admission(self) -> Callable[[Any], None]:
         """A check of each batch on the driver, before it is queued: what is wrong with one must not end the ranks."""
@@ -162,11 +170,11 @@ class Plan:
     __repr__ = __str__
 
 
-def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool = True) -> Plan:
+def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, training: bool = True) -> Plan:
     """Plans a pipeline by looking at one batch.
 
     Args:
-        model: not changed.
+        model: not changed; or the origin of one that is nowhere whole.
         options: of the trainer.
         batch: an example.
         training: whether a loss is needed.
@@ -178,6 +186,8 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         TypeError: ``optimizer`` or ``lr_scheduler`` gave what cannot be used.
     """
     refuse_parameters_in_functions(options)
+    origin = planned_origin(model, options.seed) if isinstance(model, nn.Module) else model
+    model = origin.model
     caller = Caller(options.forward, options.loss)
     batch = unpack(pack(batch))
     caller.check(batch)  # before it is cut, so that the sentence speaks of the user's batch
@@ -186,7 +196,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     microbatches = layout.split(batch, options.most_microbatches)
     if training:
         refuse_untrainable(model)
-    skeleton = make_skeleton(model, options.units)
+    skeleton = make_skeleton(model, options.units, None if origin.is_whole else origin.tensor)
     if not (training and skeleton.model.training):  # a root in train mode keeps its submodules' own modes
         skeleton.model.train(training)
     if training:  # by the most microbatches that a batch may have: this one may be small
@@ -208,7 +218,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     )
     if training:
         refuse_changing_buffers(changes.names(), options, skeleton.unit_buffers, cut)
-    rule = _find_rule(model, caller, batch, layout, options) if training else None
+    rule = _find_rule(origin, skeleton, caller, batch, layout, options) if training else None
     plan = Plan(
         Topology(options.stages),
         cut,
@@ -220,7 +230,7 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
         caller,
         skeleton,
         len(recording.calls),
-        model,
+        origin,
         stage_plans(cut, schedule, sizes, counts, state_known),
     )
     if training:
@@ -232,19 +242,35 @@ def make_plan(model: nn.Module, options: Options, batch: Any, *, training: bool 
     return plan
 
 
-def _find_rule(model: nn.Module, caller: Caller, batch: Any, layout: BatchLayout, options: Options) -> LossRule:
-    """The probe runs in the modes of training, on a copy that shares the model's tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    copy = replace_tensors(model, {id(tensor): tensor for tensor in tensors})
-    if not copy.training:
-        copy.train()
+def _find_rule(
+    origin: Origin, skeleton: Skeleton, caller: Caller, batch: Any, layout: BatchLayout, options: Options
+) -> LossRule:
+    """The probe runs in the modes of training, on a copy that shares the model's tensors, or makes them in passing."""
+    if options.microbatch_weight is not None:
+        return LossRule.given(options.microbatch_weight)
     try:
-        return find_rule(copy, caller, batch, layout, options.microbatch_weight)
+        if not origin.is_whole:
+            observe = streaming(skeleton, origin.tensor, options.units, caller)
+            return probe(observe, batch, layout, tolerance_of(skeleton.model))
+        tensors = [*origin.model.parameters(), *origin.model.buffers()]
+        copy = replace_tensors(origin.model, {id(tensor): tensor for tensor in tensors})
+        if not copy.training:
+            copy.train()
+        return find_rule(copy, caller, batch, layout)
     except BatchError:
         if options.most_microbatches > 1:
             raise
         return LossRule.given("samples")  # a batch that is never cut needs no rule; an evaluation weighs batches so
 
 
-def _build(spec: PipelineSpec, rank: int, tensors: Wire) -> StageWorker:
-    return StageWorker(spec, rank, unpack(tensors))
+def planned_origin(model: object, seed: int) -> Origin:
+    """The origin of what the user gave as ``model``; see ``origin_of``."""
+    return origin_of(model, seed, _packed)
+
+
+def _packed(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    return functools.partial(unpack, pack(tensors))
+
+
+def _build(spec: PipelineSpec, rank: int, share: Callable[[], dict[str, Tensor]]) -> StageWorker:
+    return StageWorker(spec, rank, share())

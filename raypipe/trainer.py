@@ -14,8 +14,8 @@ from raypipe.driver.controller import Controller, data_error
 from raypipe.driver.gang import Gang
 from raypipe.driver.results import Results
 from raypipe.model.build import whole_state
-from raypipe.options import Options, checked_model, default_optimizer, not_yet, opened_sources, refuse_not_yet
-from raypipe.plan import Plan, make_plan
+from raypipe.options import Options, default_optimizer, not_yet, opened_sources, refuse_not_yet
+from raypipe.plan import Plan, make_plan, planned_origin
 from raypipe.run import Run, start
 from raypipe.schedule import Schedule
 
@@ -36,7 +36,8 @@ class PipelineTrainer:
             result = trainer.fit(epochs=1)
 
     Args:
-        model: an ``nn.Module``, which is not changed.
+        model: an ``nn.Module``, which is not changed; or a callable without arguments that builds one. It is run once,
+            on tensors without memory, and each rank then makes only its own weights.
         stages: how many stages the model is cut into.
         datasets: ``{"train": source, "valid": source}``. A source is an iterable of batches (list, ``DataLoader``,
             generator function), a ``ray.data.Dataset``, or ``raypipe.data.parquet(...)``. A batch is a dict (the model
@@ -65,7 +66,7 @@ class PipelineTrainer:
         metrics: ``{name: metric(outputs, batch) -> scalar}``, for ``evaluate``.
         step_timeout_s: a rank without progress for so many seconds is stuck; the first step has at least 1800.
         backend: ``"ray"``, or ``"local"``: every stage in this process, without Ray.
-        seed: of data order and dropout.
+        seed: of data order, dropout, and the weights of a model that a callable builds.
         quiet: no progress line.
         later: the arguments of the contract that come later; each is refused unless it is its default.
 
@@ -75,7 +76,7 @@ class PipelineTrainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[], nn.Module],
         stages: int,
         *,
         datasets: Mapping[str, Any] | None = None,
@@ -105,7 +106,6 @@ class PipelineTrainer:
         **later: Any,
     ) -> None:
         refuse_not_yet(later)
-        self._model = checked_model(model)
         self._options = Options(
             stages=stages,
             loss=loss,
@@ -130,6 +130,7 @@ class PipelineTrainer:
             seed=seed,
             quiet=quiet,
         )
+        self._origin = planned_origin(model, seed)
         self._sources = opened_sources(datasets, evaluate_every)
         self._results = Results(run_config, log_every)
         self._plan: Plan | None = None
@@ -138,7 +139,7 @@ class PipelineTrainer:
         self._closed = False
         self._cursor = Cursor(seed=seed)
         if example is not None:
-            self._plan = make_plan(self._model, self._options, example)
+            self._plan = make_plan(self._origin, self._options, example)
 
     def fit(self, *, steps: int | None = None, epochs: int | None = None) -> Any:
         """Trains on ``datasets["train"]``, going on where an earlier ``fit`` of this trainer stopped.
@@ -219,9 +220,9 @@ class PipelineTrainer:
         """
         self._refuse_closed()
         if self._gang is None:
-            return whole_state(self._model, [])
+            return whole_state(self._origin.model, [], self._origin.tensor)
         states: list[Mapping[str, Tensor]] = [unpack(state) for state in self._guarded(self._gang.state)]
-        return whole_state(self._model, states)
+        return whole_state(self._origin.model, states, self._origin.tensor)
 
     def plan(self) -> Plan:
         """How the model is cut and what that costs; ``print`` shows a table. Nothing is started.
@@ -233,7 +234,7 @@ class PipelineTrainer:
             if "train" not in self._sources:
                 raise ValueError("plan has no batch to look at; give example=batch or datasets={'train': ...}")
             with self._feed(self._sources["train"], self._cursor) as feed:
-                self._plan = make_plan(self._model, self._options, _peek(feed, self._step))
+                self._plan = make_plan(self._origin, self._options, _peek(feed, self._step))
         return self._plan
 
     def save(self, path: object) -> None:
@@ -283,7 +284,7 @@ class PipelineTrainer:
         """The controller; planned with ``batch`` and started where that has not been done."""
         self._refuse_closed()
         if self._plan is None or (training and self._plan.rule is None):
-            self._plan = make_plan(self._model, self._options, batch, training=training)
+            self._plan = make_plan(self._origin, self._options, batch, training=training)
             self._close_gang()  # one that only predicted: it has trained nothing, and was told no rule of weights
         if self._controller is None:
             self._gang = start(self._plan)

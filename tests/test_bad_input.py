@@ -154,7 +154,7 @@ def test_a_run_config_of_another_kind() -> None:
 
 def test_a_model_that_is_none() -> None:
     assert_words(refusal(lambda: PipelineTrainer("gpt2", 2), TypeError), "model is a str", "nn.Module")
-    assert_words(refusal(lambda: PipelineTrainer(gpt, 2), TypeError), "callable", "not built yet", "call it")
+    assert_words(refusal(lambda: PipelineTrainer(nn.Linear, 2), TypeError), "the class Linear", "callable")
 
 
 def test_no_data() -> None:

@@ -83,7 +83,7 @@ def test_errors_outside_the_actions_say_so() -> None:
 
     spec = dataclasses.replace(plan.spec(), optimizer=wrong)
     with pytest.raises(StageError, match=r"stage 0, action optimizer, step -1 failed(.|\n)*KeyError: 'decay'"):
-        StageWorker(spec, 0, plan.tensors_of(0))
+        StageWorker(spec, 0, plan.origin.share(plan.tensors_of(0))())
 
 
 def test_a_closed_rank_fails_at_once() -> None:

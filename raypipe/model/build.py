@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,15 @@ def _rebuild_skeleton(model: bytes, unit_buffers: Mapping[str, tuple[str, ...]])
     return Skeleton(pickle.loads(model), unit_buffers)
 
 
-def make_skeleton(model: nn.Module, patterns: Sequence[str] | None = None) -> Skeleton:
+def make_skeleton(
+    model: nn.Module, patterns: Sequence[str] | None = None, tensor: Callable[[str], Tensor] | None = None
+) -> Skeleton:
     """The skeleton of a model, which itself is not changed.
+
+    Args:
+        model: with its weights, or of husks.
+        patterns: the user's ``units``.
+        tensor: gives a buffer by its name, for a model of husks.
 
     Raises:
         ValueError: the model cannot be copied; the sentence names the attribute.
@@ -71,6 +78,8 @@ def make_skeleton(model: nn.Module, patterns: Sequence[str] | None = None) -> Sk
     inside = {name for names in unit_buffers.values() for name in names}
     husks: dict[int, Tensor] = {id(p): husk_of(p, name, True) for name, p in parameters.items()}
     husks.update((id(b), husk_of(b, name, False)) for name, b in buffers.items() if name in inside)
+    if tensor is not None:  # plain code between units may look at these
+        husks.update((id(b), tensor(name)) for name, b in buffers.items() if name not in inside)
     try:
         return Skeleton(replace_tensors(model, husks), unit_buffers)
     except Exception as error:
@@ -101,23 +110,30 @@ def materialise(skeleton: Skeleton, tensors: Mapping[str, Tensor]) -> nn.Module:
     return replace_tensors(skeleton.model, real)
 
 
-def whole_state(model: nn.Module, held: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
+def whole_state(
+    model: nn.Module, held: Iterable[Mapping[str, Tensor]], source: Callable[[str], Tensor] | None = None
+) -> dict[str, Any]:
     """The unsplit model's ``state_dict`` with the values that stages hold.
 
     Args:
-        model: the unsplit model as the user gave it; what no stage holds keeps its value.
+        model: the unsplit model; what no stage holds keeps its value.
         held: tensors by first name, a mapping for each stage.
+        source: gives a value that no stage holds, by first name; None: the model has it.
     """
     values = {name: tensor for tensors in held for name, tensor in tensors.items()}
     first_names: dict[int, str] = {}
     for named in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in named:
-            first_names.setdefault(id(tensor), name)
+        for first, thing in named:
+            first_names.setdefault(id(thing), first)
     with torch.no_grad():
         state = model.state_dict(keep_vars=True)
+        for value in state.values():
+            name = first_names.get(id(value), "") if isinstance(value, Tensor) else ""
+            if name and name not in values:
+                values[name] = (value.detach() if source is None else source(name)).clone()
         return {
             key: values[first_names[id(value)]]
-            if isinstance(value, Tensor) and first_names.get(id(value)) in values
+            if isinstance(value, Tensor) and id(value) in first_names
             else (value.detach().clone() if isinstance(value, Tensor) else value)
             for key, value in state.items()
         }

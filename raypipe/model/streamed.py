@@ -1,0 +1,113 @@
+"""Runs a model of husks whose tensors are made when they are used and dropped when their unit returns.
+
+So a process that holds none of the weights can look at a forward: its peak is the largest unit, and the activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from raypipe.model.build import Skeleton
+from raypipe.model.call import Caller
+from raypipe.model.denominators import Denominators
+from raypipe.model.functions import SHAPES, function_name
+from raypipe.model.husk import Husk, names_of, replace_tensors
+from raypipe.model.intercept import Watch, install
+from raypipe.model.quiet import quiet
+from raypipe.model.recipes import undisturbed
+from raypipe.model.trial_run import Observe, Observed
+from raypipe.model.units import find_units
+
+__all__ = ["streamed", "streaming"]
+
+TensorOf = Callable[[str], Tensor]
+
+
+@contextmanager
+def streamed(skeleton: Skeleton, tensor: TensorOf, patterns: Sequence[str] | None = None) -> Iterator[nn.Module]:
+    """A copy of the model that runs as if its weights were there.
+
+    A unit's tensors live for one call of it, so what it changes of them is lost. Outside of units a tensor lives for
+    one function.
+
+    Args:
+        skeleton: of the model; not changed.
+        tensor: gives a parameter or buffer by its first name.
+        patterns: the user's ``units``.
+    """
+    model = replace_tensors(skeleton.model, {})
+    switch = install(find_units(model, patterns))
+    with switch.on(_Stream(tensor)):
+        yield model
+
+
+def streaming(skeleton: Skeleton, tensor: TensorOf, patterns: Sequence[str] | None, caller: Caller) -> Observe:
+    """``trial_run.in_process`` for a model whose weights are nowhere."""
+    floating = [name for name, p in names_of(skeleton.model)[0].items() if p.is_floating_point()]
+
+    def observe(batch: Any, *, faked: float | None = None, shaken: bool = False) -> Observed:
+        own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+        made = _shaken(tensor, floating[-2:]) if shaken else tensor
+        with streamed(skeleton, made, patterns) as model, quiet(model), Denominators(faked) as seen:
+            loss = caller.loss_of(caller.outputs(model, own), own)
+            return Observed(float(loss), seen.values())
+
+    return observe
+
+
+def _shaken(tensor: TensorOf, names: Sequence[str]) -> TensorOf:
+    """The same with noise on some of them."""
+
+    def noisy(name: str) -> Tensor:
+        plain = tensor(name)
+        if name not in names:
+            return plain
+        noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(names.index(name)))
+        return plain + (noise * 2 / math.sqrt(max(1, plain.shape[-1] if plain.dim() else 1))).to(plain)
+
+    return noisy
+
+
+class _Stream(Watch):
+    def __init__(self, tensor: TensorOf) -> None:
+        super().__init__({})
+        self._tensor = tensor
+        self._made: dict[str, Tensor] = {}
+
+    def unit_call(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.inside = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.inside = False
+            self._made.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _has_husk((args, kwargs)) and function_name(func) not in SHAPES:
+            args, kwargs = pytree.tree_map_only(Husk, self._real, (args, kwargs))
+            if not self.inside:
+                self._made.clear()
+        return func(*args, **kwargs)
+
+    def _real(self, husk: Husk) -> Tensor:
+        name = husk.husk_name
+        if name not in self._made:
+            with undisturbed():
+                self._made[name] = self._tensor(name).detach().requires_grad_(husk.requires_grad)
+        return self._made[name]
+
+
+def _has_husk(tree: Any) -> bool:
+    if isinstance(tree, (list, tuple)):
+        return any(map(_has_husk, tree))
+    if isinstance(tree, Mapping):
+        return any(map(_has_husk, tree.values()))
+    return type(tree) is Husk
