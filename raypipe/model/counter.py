@@ -32,7 +32,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         guess: run a kernel that needs data on stand-ins (inside of units: its owner checks what it guessed).
         known: what is known of the data of the fakes.
 
-    Attributes: ``flops`` and ``backward_flops``; ``drawn``, whether a kernel drew random numbers.
+    Attributes: ``flops`` and ``backward_flops``; ``drawn``, whether a kernel drew random numbers; ``guessed``,
+    whether one needed data.
     """
 
     supports_higher_order_operators = True
@@ -42,6 +43,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mode, self._guess, self._known = mode, guess, known or Known()
         self.flops = self.backward_flops = 0
         self.drawn = False
+        self.guessed = False
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -55,6 +57,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except Exception as error:
             if not (self._guess if isinstance(error, NEEDS_DATA) else _in_stand_in(error)):
                 raise
+            self.guessed |= isinstance(error, NEEDS_DATA)
             result = self.on_numbers(func, args, kwargs)
         else:
             self._known.follow(func, args, kwargs, result)

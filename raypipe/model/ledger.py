@@ -112,6 +112,7 @@ class Ledger:
             self._region(what.where),
             what.counter.backward_flops,
             *beside,
+            guessed=what.counter.guessed,
         )
         if opened is None:
             self._recording.events.append(event)

@@ -10,6 +10,7 @@ blocks, U-Net skips and an encoder's output are ordinary boundary values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +139,7 @@ class Event:
         backward_flops: of the backward.
         plays: the hooks that ran inside of the unit.
         left: what the unit left behind without returning it.
+        guessed: whether its shapes depend on data, and are those for stand-ins of zeros.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Event:
     backward_flops: int = 0
     plays: tuple[Play, ...] = ()
     left: tuple[Left, ...] = ()
+    guessed: bool = False
 
     @property
     def nested(self) -> bool:
@@ -178,7 +181,7 @@ class Recording:
     events: list[Event] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     placeholders: list[Tensor] = field(default_factory=list)
-    """By value: a fake tensor that stands for it where it is not computed."""
+    """By value: a fake tensor that stands for it where it is not computed. Empty where this was predicted."""
     returned: tuple[int, ...] = ()
     """Values that the forward returned: used at the end."""
     withheld: tuple[int, ...] = ()
@@ -191,8 +194,16 @@ class Recording:
     """The event of the unit call that runs now, while the forward is recorded."""
     stopped: str | None = None
     """Why nothing is known of the end of the forward, where that is so: it asked a value for its data."""
+    make: Callable[[Value], Tensor] | None = None
+    """Makes placeholders, where this recording was predicted from others (``model.predict_recording``)."""
     _windows: dict[tuple[int, ...], tuple[Window, ...]] = field(default_factory=dict)
     _forbidden: dict[int, str] | None = None
+    _made: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def predicted(self) -> bool:
+        """Whether it was told from recordings of other sizes."""
+        return self.make is not None
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -215,6 +226,14 @@ class Recording:
         if self._forbidden is None:
             self._forbidden = forbidden_cuts(self)
         return self._forbidden
+
+    def placeholder(self, number: int) -> Tensor:
+        """What stands for a value where it is not computed; of a predicted recording made when first asked for."""
+        if self.make is None:
+            return self.placeholders[number]
+        if number not in self._made:
+            self._made[number] = self.make(self.values[number])
+        return self._made[number]
 
     def last_uses(self) -> list[int]:
         """By value: the last event that uses it (the number of events where the forward returns it), or -1."""

@@ -20,6 +20,7 @@ from raypipe.model.beside import Hearing, leave, name_left, play
 from raypipe.model.functions import SHAPES, changes_in_place, function_name
 from raypipe.model.hooks import heard
 from raypipe.model.intercept import Switch, Watch
+from raypipe.model.predict_recording import compare, compare_value
 from raypipe.model.recording import Constant, Event, New, Recording, Same, Window
 from raypipe.model.seeds import Seeds, pass_by, run_keyed
 from raypipe.model.trees import at_path, held_by, tensors_in
@@ -192,7 +193,7 @@ class _Replay(Watch):
         """The tensor for a value that another stage computes: received, or a placeholder."""
         tensor = self.received.get(self.recording.values[value].thing)
         if tensor is None:
-            tensor = self.recording.placeholders[value]
+            tensor = self.recording.placeholder(value)
         self.mark(tensor)
         return tensor
 
@@ -222,6 +223,8 @@ class _Replay(Watch):
             leaves, tree = pytree.tree_flatten(result)
             if tree != event.tree:
                 raise CutError(f"{event.name} returned {tree} where it returned {event.tree} when it was planned")
+        if self.recording.predicted:
+            compare(event, leaves, (args, kwargs))
         for leaf, planned in zip(leaves, event.leaves, strict=True):
             if isinstance(planned, New):
                 self._name(leaf, planned.value)
@@ -239,6 +242,8 @@ class _Replay(Watch):
             raise CutError(
                 f"a {type(tensor).__name__} came where {made} came when it was planned; return a tensor always"
             )
+        if self.recording.predicted:
+            compare_value(self.recording, value, tensor)
         self.mark(tensor)
         if value in self.wanted:
             self.live[value] = tensor

@@ -20,6 +20,7 @@ from raypipe.model.call import Caller
 from raypipe.model.husk import Husk
 from raypipe.model.intercept import install
 from raypipe.model.join import shapes_of
+from raypipe.model.predict_recording import Predictor, family_of, sizes_of
 from raypipe.model.record import record
 from raypipe.model.recording import Recording, Window
 from raypipe.model.replay import Seeds, replay
@@ -81,6 +82,7 @@ class Slice:
         self._train_modes = [(module, module.training) for module in (*self._modules(),)]
         self._training = True
         self._planned: dict[Any, Planned] = {}
+        self._predictor = Predictor(self._twin.empty)
 
     def set_training(self, training: bool) -> None:
         """Training runs in the modes that the model came in, evaluation in eval mode."""
@@ -96,7 +98,7 @@ class Slice:
         if known is not None:
             self._planned[key] = known  # the most recently used stand last
         else:
-            recording = record(self._twin, lambda model: self._caller.outputs(model, _copied(batch)))
+            recording = self._recorded(batch)
             if len(recording.calls) != self._calls:
                 raise CutError(
                     f"the model makes {len(recording.calls)} unit calls for this batch and made {self._calls} for the "
@@ -107,6 +109,15 @@ class Slice:
             if len(self._planned) > KEPT:
                 del self._planned[next(iter(self._planned))]
         return self._planned[key]
+
+    def _recorded(self, batch: Any) -> Recording:
+        others = tuple(_hashable(leaf) for leaf in pytree.tree_leaves(batch) if not isinstance(leaf, Tensor))
+        family, sizes = (family_of(batch), others, self._training, torch.is_grad_enabled()), sizes_of(batch)
+        recording = self._predictor.predict(family, sizes)
+        if recording is None:
+            recording = record(self._twin, lambda model: self._caller.outputs(model, _copied(batch)))
+            self._predictor.learn(family, sizes, recording)
+        return recording
 
     def run(
         self, batch: Any, planned: Planned, chunk: int, received: Sequence[Tensor], seeds: Seeds
