@@ -74,6 +74,20 @@ class StagePlan:
 
 def observed(twin: Twin, caller: Caller, batch: Any, *, training: bool) -> tuple[Recording, Saved | None]:
     """The recording of a microbatch, and what its backward will need, the loss's part included."""
+    saved = Saved(twin) if training else None
+    try:
+        return _observed(twin, caller, batch, saved)
+    except RuntimeError as error:
+        if saved is None or "saved tensor hooks" not in str(error):
+            raise
+    # torch.func's transforms refuse hooks: what such a model saves is not counted.
+    recording, _ = _observed(twin, caller, batch, None)
+    uncounted = Saved(twin)
+    uncounted.of(recording)
+    return recording, uncounted
+
+
+def _observed(twin: Twin, caller: Caller, batch: Any, saved: Saved | None) -> tuple[Recording, Saved | None]:
     own: Any = None
     outputs: list[Any] = []
 
@@ -83,7 +97,6 @@ def observed(twin: Twin, caller: Caller, batch: Any, *, training: bool) -> tuple
         outputs[:] = [caller.outputs(model, own)]
         return outputs[0]
 
-    saved = Saved(twin) if training else None
     with refuse_foreign_random_numbers():
         recording = record(twin, forward, saved)
     if saved is not None and outputs:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from training import batches_of_tokens, gpt
 
 from raypipe.model.call import Caller
@@ -97,3 +98,14 @@ def test_tied_weights_and_dropout_are_no_matter() -> None:
     plan = make_plan(model, Options(3, microbatches=4, balance="time"), batches_of_tokens(1)[0])
     assert sum(len(stage.units) for stage in plan.stages) == plan.calls
     assert all(stage.time is not None and stage.time.backward > 0 for stage in plan.stages)
+
+
+def test_reentrant_checkpoints_can_be_timed() -> None:
+    class Again(Slow):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    model = nn.Sequential(Slow(), Again(0.01))
+    _, again = times_of(model, (torch.rand(4, 8), torch.rand(4, 8)), Caller(None, nn.functional.mse_loss))
+    assert again.backward >= 0.01  # its forward runs again there
+    assert model[1].weight.grad is None

@@ -114,3 +114,20 @@ def test_a_mask_that_all_units_get_counts_once() -> None:
     for event in range(len(recording.events)):
         pieces.update(saved.by_event.get(event, {}))
     assert pieces == {next(iter(pieces)): 4 * 8 * 4}
+
+
+def test_a_model_whose_transforms_refuse_hooks_can_still_be_planned() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.func.grad(lambda y: self.inner(y).square().sum())(x)
+
+    twin = Twin(make_skeleton(nn.Sequential(Slope(), Slope())).model)
+    batch = (torch.rand(4, 8), torch.rand(4, 8))
+    recording, saved = observed(twin, Caller(None, nn.functional.mse_loss), batch, training=True)
+    assert len(recording.calls) == 2
+    assert saved is not None
+    assert not saved.by_event

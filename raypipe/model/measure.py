@@ -34,9 +34,11 @@ WARM_UP, REPEATS = 1, 3
 def runnable_copy(model: nn.Module, training: bool = True) -> nn.Module:
     """A copy in the modes of the run (a root in train mode keeps its submodules' own).
 
-    It shares the parameters, and has buffers of its own.
+    It shares the parameters' memory, and has gradients and buffers of its own.
     """
-    shared: dict[int, Tensor] = {id(parameter): parameter for parameter in model.parameters()}
+    shared: dict[int, Tensor] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
     shared.update((id(buffer), buffer.detach().clone()) for buffer in model.buffers())
     made = replace_tensors(model, shared)
     return made if made.training and training else made.train(training)
@@ -178,8 +180,10 @@ def _timed(
         ones = [torch.ones_like(root) for root in roots]
         begin = perf_counter()
         if roots and sources:
-            torch.autograd.grad(roots, sources, ones, allow_unused=True)
+            torch.autograd.backward(roots, ones)  # not grad(), which reentrant checkpoints refuse
         times.append(CallTime(middle - start, perf_counter() - begin))
+        for parameter in trained:
+            parameter.grad = None
     kept = times[WARM_UP:]
     forward, backward = median(time.forward for time in kept), median(time.backward for time in kept)
     detached = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), result)

@@ -40,9 +40,13 @@ class Saved:
     @contextmanager
     def during(self, recording: Recording) -> Iterator[None]:
         """Collects for the event that the recording is at; for its last one where it is complete."""
-        self._recording = recording
+        self.of(recording)
         with saved_tensors_hooks(self._pack, _same):
             yield
+
+    def of(self, recording: Recording) -> None:
+        """Says whose values will be asked for."""
+        self._recording = recording
 
     def stands_for(self, fake: Tensor, real: Tensor) -> None:
         """A fake was made for a real tensor, which several units may get: its memory is there once."""
