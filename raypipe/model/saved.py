@@ -77,8 +77,9 @@ class Saved:
                 running = self._recording.running
                 event = len(self._recording.events) if running is None else running
             self.by_event.setdefault(event, {})[number] = storage.nbytes()
-        with torch.no_grad():
-            return tensor.detach()  # the tensor itself would hold the graph that holds it
+        # The tensor itself would hold the graph that holds it. This is no event of the model's.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return tensor.detach()
 
 
 def _same(tensor: Tensor) -> Tensor:
