@@ -113,8 +113,11 @@ class _Recorder(Watch):
         self.numbers = self.ledger.numbers
 
     def depends(self, tensor: Tensor) -> bool:
-        """Also true of memory that a value was written into, whichever tensor shows it."""
-        return super().depends(tensor) or self.written.shows(tensor)
+        """Also true of units' buffers, and of memory that a value was written into, whichever tensor shows it."""
+        return super().depends(tensor) or self._is_units_buffer(tensor) or self.written.shows(tensor)
+
+    def _is_units_buffer(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.twin.buffers and self.twin.is_fake(tensor)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Sees fakes too that are no values: what units keep to themselves."""
@@ -266,7 +269,7 @@ class _Recorder(Watch):
                 uses.append(self.numbers[id(tensor)])
             elif id(tensor) in self.parameters:
                 parameters.append(self.parameters[id(tensor)])
-            elif self.twin.is_fake(tensor) and id(tensor) in self.twin.buffers:
+            elif self._is_units_buffer(tensor):
                 parameters.append(self.twin.buffers[id(tensor)])  # a unit's, which its user then holds too
             elif self.twin.is_fake(tensor):
                 self._hidden(tensor, name, END)
