@@ -226,6 +226,15 @@ def test_lists_that_units_are_given_are_carried() -> None:
     assert_exact(Stack(run, Leaving), batch())
 
 
+def test_a_hook_that_reaches_the_model_by_a_closure_is_refused() -> None:
+    def setup(model: Any) -> None:
+        model.features = []
+        model.blocks[2].register_forward_hook(lambda m, a, out: model.features.append(out))
+
+    with pytest.raises(CutError, match=r"on blocks.2 refers to a module of the model by its variable model"):
+        Pipe(Stack(chain, setup=setup), batch(), 1)
+
+
 # What cannot be carried stays in one chunk.
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from raypipe.model.hooks import refuse_closures
 from raypipe.model.husk import Husk, husk_of, names_of, replace_tensors
 from raypipe.model.units import find_units
 
@@ -71,6 +72,7 @@ def make_skeleton(
     Raises:
         ValueError: the model cannot be copied; the sentence names the attribute.
     """
+    refuse_closures(model)
     parameters, buffers = names_of(model)
     buffer_names = {id(buffer): name for name, buffer in buffers.items()}
     units = find_units(model, patterns)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
 
-__all__ = ["HookPlace", "heard", "hook_name", "hooks_of"]
+from raypipe.errors import CutError
+
+__all__ = ["HookPlace", "heard", "hook_name", "hooks_of", "refuse_closures"]
 
 HookPlace = tuple[str, str, int]
 """The module's path inside of the unit, the attribute that holds its hooks, and the number of the hook there."""
@@ -62,6 +64,26 @@ def hook_name(hook: Callable[..., Any]) -> str:
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(hook).__qualname__)
     return name if code is None else f"{name} ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})"
+
+
+def refuse_closures(model: nn.Module) -> None:
+    """Refuses hooks that reach the model through a closure: they would fill the user's model and not a stage's copy.
+
+    Raises:
+        CutError: there is one.
+    """
+    own = {id(module) for module in model.modules()}
+    for (path, _, _), hook in hooks_of(model).items():
+        function = _function(hook)
+        names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+        for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
+            with suppress(ValueError):  # an empty cell
+                if id(cell.cell_contents) in own:
+                    raise CutError(
+                        f"the hook {hook_name(hook)} on {path or 'the model'} refers to a module of the model by its "
+                        f"variable {name}, but every stage runs a copy of the model; register a bound method "
+                        "(self.my_hook), or let the hook use the module that it is given"
+                    )
 
 
 def _call(hear: Hear, place: HookPlace, hook: Callable[..., Any], module: nn.Module, *given: Any) -> Any:
