@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import driver_cost, emulated, memory, real_work, replay_cost
+from benchmarks import driver_cost, emulated, lengths, memory, real_work, replay_cost
 from benchmarks.machine import machine
 from benchmarks.table import Subject, page, render
 from raypipe.driver.cluster import start_ray
@@ -22,6 +22,7 @@ SUBJECTS: Mapping[str, Callable[[int, Callable[[str], None]], Subject]] = {
     "emulated_8": emulated.run_8,
     "driver_cost": driver_cost.run,
     "replay_cost": replay_cost.run,
+    "lengths": lengths.run,
     "memory": memory.run,
 }
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.lengths import expected, shuffled
 from benchmarks.machine import machine
 from benchmarks.models import first_mean, gpt, gpt_batch, hoards, scales, sleepers, token_loss
 from benchmarks.ours import Steps
@@ -85,6 +86,15 @@ def test_periods_gaps_and_handovers_come_from_the_traces() -> None:
     assert steps.gaps == [1.0, 2.0]
     assert steps.handovers == [0.5, 0.5, 0.5, 0.5]
     assert steps.action_s(Op.FORWARD) == [2.0, 1.5, 2.0, 1.5]
+
+
+def test_many_lengths_are_as_many_tokens_as_one() -> None:
+    lengths = shuffled(400)
+    assert len(set(lengths)) == 200
+    assert sum(lengths) == 400 * 200
+    assert lengths[:200] == lengths[200:] != sorted(lengths[:200])
+    assert expected([200]) == 1.0
+    assert 1.0 < expected(lengths) < 1.05
 
 
 def test_the_models_train() -> None:
