@@ -209,6 +209,11 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     sizes, state_known = sizes_of(skeleton, twin, recording, saved, options)
     times = None
     if options.balance == "time":
+        if not origin.is_whole:  # its tensors have no data here to run on
+            raise ValueError(
+                "balance='time' runs the model here, but this one was given as a callable and is built on the ranks; "
+                "use 'flops', 'memory', 'parameters' or a list of unit calls"
+            )
         piece, threads = microbatches[0].batch, options.threads or 1
         running = runnable_copy(model, training)
         times = measure(running, options.units, caller, piece, recording, threads, training=training)

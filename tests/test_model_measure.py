@@ -4,10 +4,11 @@ import copy
 import time
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from training import batches_of_tokens, gpt
+from training import batches_of_tokens, gpt, trainer_of
 
 from raypipe.model.call import Caller
 from raypipe.model.measure import measure, runnable_copy
@@ -109,3 +110,8 @@ def test_reentrant_checkpoints_can_be_timed() -> None:
     _, again = times_of(model, (torch.rand(4, 8), torch.rand(4, 8)), Caller(None, nn.functional.mse_loss))
     assert again.backward >= 0.01  # its forward runs again there
     assert model[1].weight.grad is None
+
+
+def test_a_callable_cannot_be_timed_here() -> None:
+    with pytest.raises(ValueError, match="balance='time' runs the model here"):
+        trainer_of(gpt, 2, example=batches_of_tokens(1)[0], balance="time")  # type: ignore[arg-type]
