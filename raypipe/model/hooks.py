@@ -77,13 +77,15 @@ def refuse_closures(model: nn.Module) -> None:
         function = _function(hook)
         names = getattr(getattr(function, "__code__", None), "co_freevars", ())
         for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
+            held: Any = None
             with suppress(ValueError):  # an empty cell
-                if id(cell.cell_contents) in own:
-                    raise CutError(
-                        f"the hook {hook_name(hook)} on {path or 'the model'} refers to a module of the model by its "
-                        f"variable {name}, but every stage runs a copy of the model; register a bound method "
-                        "(self.my_hook), or let the hook use the module that it is given"
-                    )
+                held = cell.cell_contents
+            if id(held) in own:
+                raise CutError(
+                    f"the hook {hook_name(hook)} on {path or 'the model'} refers to a module of the model by its "
+                    f"variable {name}, but every stage runs a copy of the model; register a bound method "
+                    "(self.my_hook), or let the hook use the module that it is given"
+                )
 
 
 def _call(hear: Hear, place: HookPlace, hook: Callable[..., Any], module: nn.Module, *given: Any) -> Any:
