@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import cloudpickle
+import numpy
 
 from raypipe.data import Cursor, Draw, Feed
 from raypipe.driver.controller import Controller
@@ -114,12 +116,20 @@ def start(plan: Plan) -> Gang:
 
     return launch(
         plan.topology,
-        (cloudpickle.dumps(plan.build_of(rank)) for rank in range(plan.topology.size)),
+        (_apart(plan.build_of(rank)) for rank in range(plan.topology.size)),
         plan.wiring(),
         resources=options.resources_per_stage,
         step_timeout_s=options.step_timeout_s,
         first_step_timeout_s=max(options.step_timeout_s, 1800.0),
     )
+
+
+def _apart(build: Callable[[], Any]) -> tuple[bytes, list[Any]]:
+    """A pickle, and the arrays in it as they lie in memory: the store takes them without a copy beside its own."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = cloudpickle.dumps(build, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    return data, [numpy.frombuffer(v, numpy.uint8) if v.nbytes else numpy.empty(0, numpy.uint8) for v in views]
 
 
 def _check_picklable(options: Options) -> None:

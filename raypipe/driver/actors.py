@@ -29,6 +29,8 @@ __all__ = ["CONTROL", "StageActor", "outcome_of"]
 
 T = TypeVar("T")
 
+Build = bytes | tuple[bytes, Sequence[Any]]
+
 CONTROL = "control"
 """The concurrency group of the calls that are answered while a step runs."""
 
@@ -60,11 +62,20 @@ class StageActor:
 
         return self._run(0, "rendezvous", work)
 
-    def start(self, build: bytes, host: str, port: int, own_host: str, wiring: Wiring, path: Sequence[str]) -> None:
+    def start(
+        self,
+        build: bytes | tuple[bytes, Sequence[Any]],
+        host: str,
+        port: int,
+        own_host: str,
+        wiring: Wiring,
+        path: Sequence[str],
+    ) -> None:
         """Builds the worker and connects it to the others.
 
         Args:
-            build: a cloudpickled callable without arguments that returns the rank's ``Worker``.
+            build: a cloudpickled callable without arguments that returns the rank's ``Worker``, with its buffers where
+                they stand apart.
             host: where the store is.
             port: its port.
             own_host: the address of this rank's node, for its peers.
@@ -75,7 +86,8 @@ class StageActor:
         def work() -> None:
             keep_freed_memory()
             sys.path.extend(entry for entry in path if entry not in sys.path and Path(entry).exists())
-            worker: Worker = cloudpickle.loads(build)()
+            data, buffers = build if isinstance(build, tuple) else (build, ())
+            worker: Worker = cloudpickle.loads(data, buffers=buffers)()
             store = join_store(host, port, self._timeout_s) if self._store is None else self._store
             transport = ProcessGroupTransport(store, self._rank, wiring, timeout_s=self._timeout_s, host=own_host)
             worker.connect(transport)

@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -47,7 +47,7 @@ LONG_GRACE_S = 20.0
 
 def launch(
     topology: Topology,
-    builds: Iterable[bytes],
+    builds: Iterable[bytes | tuple[bytes, Sequence[Any]]],
     wiring: Wiring,
     *,
     resources: Mapping[str, float] | None = None,
@@ -122,7 +122,7 @@ class RayGang:
         """What is known of every rank since ``wait`` raised."""
         return self._failure
 
-    def start(self, builds: Iterable[bytes], wiring: Wiring) -> None:
+    def start(self, builds: Iterable[bytes | tuple[bytes, Sequence[Any]]], wiring: Wiring) -> None:
         """Compares versions, then builds and connects all ranks."""
         infos: list[NodeInfo] = self.wait(self._submit(0, "node", lambda actor, rank: actor.node.remote()))
         check_versions(NodeInfo.here(), infos)
