@@ -8,16 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raypipe.model.call import Caller
-from raypipe.model.microbatch import Microbatch, find_layout
+from raypipe.model.microbatch import Microbatch
 from raypipe.model.weights import LossRule, Rule
 from raypipe.stage.losses import Losses
 
 
 def cut(labels: list[list[int]]) -> tuple[Tensor, list[Microbatch]]:
     """Logits [rows, 2, 5] and their labels, two rows a microbatch."""
-    given = {"logits": torch.randn(len(labels), 2, 5, generator=torch.Generator().manual_seed(0)), "labels": labels}
-    given["labels"] = torch.tensor(labels)
-    return given["logits"].requires_grad_(), find_layout(given).split(given, len(labels) // 2)
+    logits = torch.randn(len(labels), 2, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    pieces = zip(logits.split(2), torch.tensor(labels).split(2), strict=True)  # a layout's own pieces are detached
+    batches = [{"logits": some, "labels": theirs} for some, theirs in pieces]
+    return logits, [Microbatch(batch, 2 * number, 2) for number, batch in enumerate(batches)]
 
 
 def loss_of(batch: Any) -> Tensor:
