@@ -16,7 +16,7 @@ from raypipe import PipelineTrainer
 
 __all__ = ["expected", "run", "shuffled"]
 
-MEAN, SPREAD, SAMPLES, MICROBATCHES = 200, 100, 2, 2
+MEAN, SPREAD, SAMPLES, MICROBATCHES = 200, 100, 4, 2
 WIDTH, HEADS, BLOCKS, VOCABULARY = 256, 4, 8, 2048
 BLOCK, WARM_UP, BAR, LEAST_S = 80, 3, 1.10, 0.2
 
