@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from raypipe.errors import CutError
-from raypipe.model.recording import New, Same
+from raypipe.model.event import New, Same
 
 
 def chain(model: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from raypipe.model.recording import Path
+from raypipe.model.event import Path
 from raypipe.model.trees import PLAIN
 
 __all__ = ["Snapshot", "containers", "contents", "refill", "same_contents"]

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from raypipe.errors import CutError
 from raypipe.model.attributes import refill
+from raypipe.model.event import Event, Leaf, Left, New, Play, Same
 from raypipe.model.hooks import HookPlace, hooks_of
-from raypipe.model.recording import Event, Leaf, Left, New, Play, Recording, Same
+from raypipe.model.recording import Recording
 from raypipe.model.trees import at_path
 
 __all__ = ["Hearing", "leave", "name_left", "play"]

@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raypipe.model.recording import Recording, Value
+    from raypipe.model.event import Value
+    from raypipe.model.recording import Recording
 
 __all__ = ["END", "Together", "can_be_cut", "forbidden_cuts", "parted", "too_few_places"]
 

@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from raypipe.model import refusals
 from raypipe.model.counter import Counter
+from raypipe.model.event import Constant, Event, Leaf, Left, Mutation, New, Path, Play, Same, Value
 from raypipe.model.frames import Place
-from raypipe.model.recording import Constant, Event, Leaf, Left, Mutation, New, Path, Play, Recording, Same, Value
+from raypipe.model.recording import Recording
 from raypipe.model.trees import PLAIN, held_by, leaves_in
 from raypipe.model.written import Written
 from raypipe.tensors import TensorSpec

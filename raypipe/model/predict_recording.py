@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from raypipe.errors import CutError
+from raypipe.model.event import Event, New, Same, Value
 from raypipe.model.interpolate import Sample, Sizes, interpolate
-from raypipe.model.recording import Event, New, Recording, Same, Value
+from raypipe.model.recording import Recording
 from raypipe.model.trees import at_path, tensors_in
 from raypipe.tensors import TensorSpec
 

@@ -8,7 +8,7 @@ again. After the last unit call nothing is looked at any more: one stage runs al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,13 +17,22 @@ from torch.utils import _pytree as pytree
 from raypipe.errors import CutError
 from raypipe.model.attributes import Snapshot
 from raypipe.model.beside import Hearing, leave, name_left, play
+from raypipe.model.event import Constant, Event, New, Same
 from raypipe.model.functions import SHAPES, changes_in_place, function_name
 from raypipe.model.hooks import heard
 from raypipe.model.intercept import Switch, Watch
-from raypipe.model.predict_recording import compare, compare_value
-from raypipe.model.recording import Constant, Event, New, Recording, Same, Window
+from raypipe.model.outcome import (
+    check_constant,
+    check_sent,
+    check_value,
+    leaves_of,
+    refuse_placeholder,
+    without_withheld,
+)
+from raypipe.model.predict_recording import compare
+from raypipe.model.recording import Recording, Window
 from raypipe.model.seeds import Seeds, pass_by, run_keyed
-from raypipe.model.trees import at_path, held_by, tensors_in
+from raypipe.model.trees import at_path, tensors_in
 
 __all__ = ["Seeds", "replay"]
 
@@ -75,7 +84,7 @@ def replay(
             f"the model's forward ended at event {run.event} ({run.name(run.event)} was next when it was planned): it "
             "takes another way from batch to batch; put the part that varies into a unit (units=[...])"
         )
-    return run.live_outputs(), run.checked(outputs)
+    return run.live_outputs(), without_withheld(recording, outputs)
 
 
 class _Replay(Watch):
@@ -110,14 +119,10 @@ class _Replay(Watch):
         outputs = []
         for value in self.window.outputs:
             tensor = self.live[value.number]
-            if tuple(tensor.shape) != value.spec.shape or tensor.dtype != value.spec.dtype:
-                raise CutError(
-                    f"{self.recording.describe(value)} came out as a {tensor.dtype} tensor {tuple(tensor.shape)}: the "
-                    "shape depends on the data; put its maker and its users into one unit with units=[...]"
-                )
+            check_sent(self.recording, value, tensor)
             outputs.append(tensor)
         if FakeTensor in map(type, outputs):
-            self._refuse_placeholder()
+            refuse_placeholder(self.recording)
         return outputs
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,7 +139,7 @@ class _Replay(Watch):
                     leave(event, unit, (args, kwargs), self._stand_in)
                 return result
             if any(type(tensor) is FakeTensor for _, tensor in tensors_in((args, kwargs))):
-                self._refuse_placeholder()
+                refuse_placeholder(self.recording)
             if not event.plays and not event.left:
                 result = run_keyed(lambda: call(*args, **kwargs))
             else:
@@ -169,7 +174,7 @@ class _Replay(Watch):
                     pass_by()
                 return self._answer(event, args, kwargs)
             if FakeTensor in map(type, args):
-                self._refuse_placeholder()
+                refuse_placeholder(self.recording)
             result = run_keyed(lambda: func(*args, **kwargs)) if event.random else func(*args, **kwargs)
             self._made(event, result, args, kwargs)
             return result
@@ -217,64 +222,25 @@ class _Replay(Watch):
 
     def _made(self, event: Event, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Marks the values that an event of the window made, and keeps those that are sent."""
-        if not event.nested and type(result) is Tensor:
-            leaves: list[Any] = [result]
-        else:
-            leaves, tree = pytree.tree_flatten(result)
-            if tree != event.tree:
-                raise CutError(f"{event.name} returned {tree} where it returned {event.tree} when it was planned")
+        leaves = leaves_of(event, result)
         if self.recording.predicted:
             compare(event, leaves, (args, kwargs))
         for leaf, planned in zip(leaves, event.leaves, strict=True):
             if isinstance(planned, New):
                 self._name(leaf, planned.value)
-            elif isinstance(planned, Constant) and planned.fixed and not _same(leaf, planned.value):
-                raise CutError(
-                    f"{event.name} returned {leaf!r} where it returned {planned.value!r} when it was planned: a number "
-                    "that depends on the data cannot be carried; return it as a tensor"
-                )
+            elif isinstance(planned, Constant) and planned.fixed:
+                check_constant(event, leaf, planned.value)
         for mutation in event.mutations:
             self._name(at_path((args, kwargs), mutation.path), mutation.value)
 
     def _name(self, tensor: Any, value: int) -> None:
-        if not isinstance(tensor, Tensor):
-            made = self.recording.describe(value)
-            raise CutError(
-                f"a {type(tensor).__name__} came where {made} came when it was planned; return a tensor always"
-            )
-        if self.recording.predicted:
-            compare_value(self.recording, value, tensor)
+        check_value(self.recording, value, tensor)
         self.mark(tensor)
         if value in self.wanted:
             self.live[value] = tensor
-
-    def checked(self, outputs: Any) -> Any:
-        """What the forward returned, without what units of other stages filled out of sight."""
-        if outputs is None:
-            return None
-        leaves, tree = pytree.tree_flatten(outputs)
-        leaves = [None if number in self.recording.withheld else leaf for number, leaf in enumerate(leaves)]
-        if any(type(tensor) is FakeTensor for leaf in leaves for tensor in held_by(leaf)):
-            self._refuse_placeholder()
-        return pytree.tree_unflatten(leaves, tree) if self.recording.withheld else outputs
-
-    def _refuse_placeholder(self) -> NoReturn:
-        """A value is used that was not known to be used here, so it never came."""
-        raise CutError(
-            self.recording.stopped
-            or "the model used a value in this stage that it did not use when it was planned: it takes another way "
-            "from batch to batch; put the part that varies into a unit (units=[...])"
-        )
 
     def _another_way(self, name: str) -> str:
         return (
             f"the model calls {name} where {self.name(self.event)} came when it was planned: it takes another way from "
             "batch to batch; put the part that varies into a unit (units=[...])"
         )
-
-
-def _same(one: Any, other: Any) -> bool:
-    try:
-        return one is other or bool(one == other)
-    except Exception:
-        return type(one) is type(other)

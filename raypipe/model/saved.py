@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from raypipe.model.recording import Recording, Value
+from raypipe.model.event import Value
+from raypipe.model.recording import Recording
 from raypipe.model.twin import Twin
 
 __all__ = ["Saved"]

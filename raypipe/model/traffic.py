@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from raypipe.model.attributes import Snapshot, containers, contents, refill, same_contents
+from raypipe.model.event import Constant, Leaf, Left, New, Play, Same
 from raypipe.model.hooks import HookPlace
 from raypipe.model.ledger import Ledger
-from raypipe.model.recording import Constant, Leaf, Left, New, Play, Same
 from raypipe.model.saved import Saved
 from raypipe.model.trees import PLAIN, at_path, held_by, leaves_in, tensors_in
 from raypipe.model.twin import Twin

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raypipe.model.recording import Path
+from raypipe.model.event import Path
 
 __all__ = ["PLAIN", "at_path", "held_by", "leaves_in", "same_leaves", "tensors_in"]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from raypipe.errors import CutError
-from raypipe.model.recording import Recording, Value
+from raypipe.model.event import Value
+from raypipe.model.recording import Recording
 from raypipe.tensors import TensorSpec
 
 __all__ = ["Boundary", "boundaries"]
