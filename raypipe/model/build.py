@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from raypipe.model.hooks import refuse_closures
 from raypipe.model.husk import Husk, husk_of, names_of, replace_tensors
+from raypipe.model.reach import refuse_foreign_hooks
 from raypipe.model.units import find_units
 
 __all__ = ["Skeleton", "dump", "held_state", "make_skeleton", "materialise", "whole_state"]
@@ -72,7 +72,7 @@ def make_skeleton(
     Raises:
         ValueError: the model cannot be copied; the sentence names the attribute.
     """
-    refuse_closures(model)
+    refuse_foreign_hooks(model)
     parameters, buffers = names_of(model)
     buffer_names = {id(buffer): name for name, buffer in buffers.items()}
     units = find_units(model, patterns)

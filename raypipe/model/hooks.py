@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from raypipe.errors import CutError
-
-__all__ = ["HookPlace", "heard", "hook_name", "hooks_of", "refuse_closures"]
+__all__ = ["HookPlace", "function_of", "heard", "hook_name", "hooks_of", "is_torchs", "next_hook", "remove_hooks_since"]
 
 HookPlace = tuple[str, str, int]
 """The module's path inside of the unit, the attribute that holds its hooks, and the number of the hook there."""
@@ -34,7 +33,7 @@ def hooks_of(unit: nn.Module, inside: Collection[str] = ()) -> dict[HookPlace, C
     for path, module in unit.named_modules():
         for kind in _KINDS:
             for number, hook in enumerate(getattr(module, kind).values()):
-                if not _is_torchs(hook) and hook_name(hook) not in inside:
+                if not is_torchs(hook) and hook_name(hook) not in inside:
                     found[path, kind, number] = hook
     return found
 
@@ -60,45 +59,49 @@ def heard(unit: nn.Module, hear: Hear, inside: Collection[str] = ()) -> Iterator
 
 def hook_name(hook: Callable[..., Any]) -> str:
     """Equal for hooks of the same code, on every copy of a model."""
-    function = _function(hook)
+    function = function_of(hook)
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(hook).__qualname__)
     return name if code is None else f"{name} ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})"
 
 
-def refuse_closures(model: nn.Module) -> None:
-    """Refuses hooks that reach the model through a closure: they would fill the user's model and not a stage's copy.
+def next_hook() -> int:
+    """The number that PyTorch gives to the next hook."""
+    return RemovableHandle.next_id
 
-    Raises:
-        CutError: there is one.
+
+def remove_hooks_since(model: nn.Module, number: int) -> None:
+    """Removes the hooks that a forward set and, as it was left before its end, did not remove.
+
+    Args:
+        model: whose modules have them.
+        number: ``next_hook()`` before the forward.
     """
-    own = {id(module) for module in model.modules()}
-    for (path, _, _), hook in hooks_of(model).items():
-        function = _function(hook)
-        names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-        for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
-            held: Any = None
-            with suppress(ValueError):  # an empty cell
-                held = cell.cell_contents
-            if id(held) in own:
-                raise CutError(
-                    f"the hook {hook_name(hook)} on {path or 'the model'} refers to a module of the model by its "
-                    f"variable {name}, but every stage runs a copy of the model; register a bound method "
-                    "(self.my_hook), or let the hook use the module that it is given"
-                )
+    if RemovableHandle.next_id == number:
+        return
+    for module in model.modules():
+        for kind in _KINDS:
+            hooks = getattr(module, kind)
+            for key in [key for key in hooks if key >= number]:
+                del hooks[key]
+                for marks in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+                    marks.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def _call(hear: Hear, place: HookPlace, hook: Callable[..., Any], module: nn.Module, *given: Any) -> Any:
     return hear(place, hook, module, given)
 
 
-def _function(hook: Callable[..., Any]) -> Any:
+def function_of(hook: Callable[..., Any]) -> Any:
+    """What a hook runs, behind partials and bound methods."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     return getattr(hook, "__func__", hook)
 
 
-def _is_torchs(hook: Callable[..., Any]) -> bool:
-    function = _function(hook)
+def is_torchs(hook: Any) -> bool:
+    """Whether a hook is PyTorch's own."""
+    function = function_of(hook)
     module = getattr(function, "__module__", None) or type(function).__module__
     return module.split(".")[0] == "torch"

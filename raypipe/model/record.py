@@ -13,6 +13,7 @@ from typing import Any
 
 from raypipe.errors import CutError
 from raypipe.model.attributes import Snapshot
+from raypipe.model.hooks import next_hook, remove_hooks_since
 from raypipe.model.recorder import AsksForData, Recorder, StaysInside
 from raypipe.model.recording import Recording
 from raypipe.model.saved import Saved
@@ -43,19 +44,21 @@ def record(twin: Twin, forward: Callable[[Any], Any], saved: Saved | None = None
     while True:
         kept = Snapshot(twin.model)
         recorder = Recorder(twin, frozenset(inside), saved)
-        outputs: Any = None
+        outputs, first_hook = None, next_hook()
         collecting = nullcontext() if saved is None else saved.during(recorder.recording)
         with twin.switch.on(recorder), _silent_fakes(), collecting:
             try:
                 outputs = forward(twin.model)
             except StaysInside as stop:
                 kept.restore_contents()
+                remove_hooks_since(twin.model, first_hook)
                 inside.add(stop.hook)
                 if saved is not None:
                     saved.by_event.clear()
                 continue
             except AsksForData as stop:
                 kept.restore_contents()
+                remove_hooks_since(twin.model, first_hook)
                 recorder.recording.stopped = stop.sentence
         recorder.look_at_outputs(outputs)
         if recorder.recording.stopped is not None and not recorder.called.issuperset(twin.units):

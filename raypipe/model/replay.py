@@ -19,7 +19,7 @@ from raypipe.model.attributes import Snapshot
 from raypipe.model.beside import Hearing, leave, name_left, play
 from raypipe.model.event import Constant, Event, New, Same
 from raypipe.model.functions import SHAPES, changes_in_place, function_name
-from raypipe.model.hooks import heard
+from raypipe.model.hooks import heard, next_hook, remove_hooks_since
 from raypipe.model.intercept import Switch, Watch
 from raypipe.model.outcome import (
     check_constant,
@@ -71,12 +71,13 @@ def replay(
     """
     run = _Replay(parameters, recording, window, received)
     kept = Snapshot(model) if recording.beside else None
-    outputs: Any = None
+    outputs, first_hook = None, next_hook()
     with switch.on(run):
         seeds.start()
         try:
             outputs = forward(model)
         except _EndOfWindow:
+            remove_hooks_since(model, first_hook)
             if kept is not None:  # the end of the forward, which may empty a list that hooks fill, does not run here
                 kept.restore_contents()
     if run.event != window.end and not run.in_tail:
