@@ -84,3 +84,13 @@ def test_what_cannot_travel_is_named() -> None:
     copied.model.lock = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"attribute 'lock' \(lock: "):
         dump(copied)
+
+
+def test_a_tensor_that_a_forward_left_behind_is_named() -> None:
+    """It has a history of gradients, and no copy; a detached one would lose them in silence."""
+    model = Model()
+    model.blocks[1].state = model.head(torch.ones(2, 4))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^blocks\.1\.state is a tensor that was computed.*the attribute to None$"):
+        make_skeleton(model)
+    model.blocks[1].state = None  # type: ignore[assignment]
+    make_skeleton(model)

@@ -85,7 +85,21 @@ def make_skeleton(
     try:
         return Skeleton(replace_tensors(model, husks), unit_buffers)
     except Exception as error:
-        raise ValueError(_unpicklable(model, error)) from None
+        raise ValueError(_left_by_a_forward(model) or _unpicklable(model, error)) from None
+
+
+def _left_by_a_forward(model: nn.Module) -> str:
+    """Says which attribute holds a tensor with a gradient's history, which nothing can copy; empty if none does."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                where = f"{name}.{key}".lstrip(".")
+                return (
+                    f"{where} is a tensor that was computed from others ({value.grad_fn.name()}), as a forward leaves it "
+                    "behind, and a model that holds one cannot be copied: give the model before its first forward, or "
+                    "set the attribute to None"
+                )
+    return ""
 
 
 def dump(skeleton: Skeleton) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.guessed and func is torch.ops.aten.split_with_sizes.default:
+            args = _fitted(*args)
         try:
             result = func(*args, **kwargs)
         except Exception as error:
@@ -86,6 +89,12 @@ def _numbers(fake: Tensor) -> Tensor:
     """Zeros; a mask that lets everything through."""
     make = torch.ones if fake.dtype is torch.bool else torch.zeros
     return make(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
+
+
+def _fitted(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> tuple[Tensor, list[int], int]:
+    """Sizes that were guessed may not sum to what is split (rows by their expert): the first takes what is missing."""
+    whole, rest = tensor.shape[dim], sum(sizes[1:])
+    return tensor, [whole - rest, *sizes[1:]] if rest <= whole else [whole, *[0] * (len(sizes) - 1)], dim
 
 
 def _in_stand_in(error: Exception) -> bool:
