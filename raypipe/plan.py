@@ -27,8 +27,9 @@ from raypipe.model.memory import worst_case
 from raypipe.model.microbatch import BatchLayout, LayoutCache, find_layout
 from raypipe.model.origin import Origin, origin_of
 from raypipe.model.partition import Partition, partition
-from raypipe.model.probe import find_rule, probe
+from raypipe.model.probe import confirm, find_rule, probe
 from raypipe.model.streamed import streaming
+from raypipe.model.streamed_gradients import streaming_gradients
 from raypipe.model.trial_run import tolerance_of
 from raypipe.model.twin import Twin
 from raypipe.model.weights import LossRule, refuse_batch_norm
@@ -256,7 +257,10 @@ def _find_rule(
     try:
         if not origin.is_whole:
             observe = streaming(skeleton, origin.tensor, options.units, caller)
-            return probe(observe, batch, layout, tolerance_of(skeleton.model))
+            tolerance = tolerance_of(skeleton.model)
+            rule = probe(observe, batch, layout, tolerance)
+            confirm(rule, streaming_gradients(skeleton, origin.tensor, options.units, caller), batch, layout, tolerance)
+            return rule
         tensors = [*origin.model.parameters(), *origin.model.buffers()]
         copy = replace_tensors(origin.model, {id(tensor): tensor for tensor in tensors})
         if not copy.training:

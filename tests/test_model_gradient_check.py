@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from raypipe.errors import BatchError
 from raypipe.model.call import Caller
-from raypipe.model.gradient_check import check_gradients
+from raypipe.model.gradient_check import check_gradients, in_process
 from raypipe.model.microbatch import find_layout
 from raypipe.model.probe import find_rule
 from raypipe.model.weights import LossRule, Rule
@@ -31,7 +31,7 @@ class Toy(nn.Module):
 
 def checked(model: nn.Module, rule: Rule = Rule.SAMPLES) -> None:
     batch = {"x": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))}
-    check_gradients(model, Caller(), batch, find_layout(batch), LossRule(rule))
+    check_gradients(in_process(model, Caller()), batch, find_layout(batch), LossRule(rule))
 
 
 def test_a_term_too_small_for_the_loss_shows_in_a_gradient() -> None:

@@ -29,14 +29,15 @@ import torch
 from torch import nn
 
 from raypipe.errors import BatchError
+from raypipe.model import gradient_check
 from raypipe.model.call import Caller
-from raypipe.model.gradient_check import check_gradients
+from raypipe.model.gradient_check import GradientsOf, check_gradients
 from raypipe.model.microbatch import BatchLayout
 from raypipe.model.shorten import shortened
 from raypipe.model.trial_run import Observe, Observed, in_process, tolerance_of
 from raypipe.model.weights import LossRule, Rule
 
-__all__ = ["find_rule", "probe"]
+__all__ = ["confirm", "find_rule", "probe"]
 
 _FINE = 1e-4  # rounding of losses under which gradients are worth comparing
 _ALIKE = 1e-2  # losses that differ by less, relatively, do not tell rules apart
@@ -110,11 +111,22 @@ def find_rule(
         return LossRule.given(microbatch_weight)
     tolerance = tolerance_of(model)
     rule = probe(in_process(model, caller), batch, layout, tolerance)
+    confirm(rule, gradient_check.in_process(model, caller), batch, layout, tolerance)
+    return rule
+
+
+def confirm(
+    rule: LossRule, gradients_of: GradientsOf, batch: Any, layout: BatchLayout, tolerance: float = 2e-5
+) -> None:
+    """Checks the rule of a loss made by hand against its gradients, where they are finer than ``tolerance`` can hide.
+
+    Raises:
+        BatchError: a parameter's gradient is not what the rule makes of the separate ones.
+    """
     if rule.weight is not Rule.TARGETS and not rule.watched and tolerance <= _FINE:
         chosen = layout.select(batch, _telling_samples(batch, layout))
         for samples in (chosen, *shortened(chosen, layout)):
-            check_gradients(model, caller, samples, layout, rule)
-    return rule
+            check_gradients(gradients_of, samples, layout, rule)
 
 
 def probe(observe: Observe, batch: Any, layout: BatchLayout, tolerance: float = 2e-5) -> LossRule:

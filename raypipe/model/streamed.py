@@ -25,13 +25,15 @@ from raypipe.model.recipes import undisturbed
 from raypipe.model.trial_run import Observe, Observed
 from raypipe.model.units import find_units
 
-__all__ = ["streamed", "streaming"]
+__all__ = ["Stream", "TensorOf", "streamed", "streaming"]
 
 TensorOf = Callable[[str], Tensor]
 
 
 @contextmanager
-def streamed(skeleton: Skeleton, tensor: TensorOf, patterns: Sequence[str] | None = None) -> Iterator[nn.Module]:
+def streamed(
+    skeleton: Skeleton, tensor: TensorOf, patterns: Sequence[str] | None = None, stream: Stream | None = None
+) -> Iterator[nn.Module]:
     """A copy of the model that runs as if its weights were there.
 
     A unit's tensors live for one call of it, so what it changes of them is lost. Outside of units a tensor lives for
@@ -41,10 +43,11 @@ def streamed(skeleton: Skeleton, tensor: TensorOf, patterns: Sequence[str] | Non
         skeleton: of the model; not changed.
         tensor: gives a parameter or buffer by its first name.
         patterns: the user's ``units``.
+        stream: makes the tensors in another way than from ``tensor`` alone.
     """
     model = replace_tensors(skeleton.model, {})
     switch = install(find_units(model, patterns))
-    with switch.on(_Stream(tensor)):
+    with switch.on(stream or Stream(tensor)):
         yield model
 
 
@@ -75,7 +78,9 @@ def _shaken(tensor: TensorOf, names: Sequence[str]) -> TensorOf:
     return noisy
 
 
-class _Stream(Watch):
+class Stream(Watch):
+    """Makes the tensors that a forward uses, and drops them when their unit returns."""
+
     def __init__(self, tensor: TensorOf) -> None:
         super().__init__({})
         self._tensor = tensor
