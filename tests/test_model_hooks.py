@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raypipe.model.hooks import heard, hook_name, hooks_of, next_hook, remove_hooks_since
+from raypipe.model.hooks import has_hooks_since, heard, hook_name, hooks_of, next_hook, remove_hooks_since
 
 
 def double(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,9 @@ def test_hooks_that_are_left_behind_are_removed_and_older_ones_stay() -> None:
     net[0].register_forward_hook(lambda module, args, kwargs, output: output * 5, with_kwargs=True, always_call=True)
     net[0].register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
     assert net(torch.ones(())) == 10
+    assert has_hooks_since(net, number)
     remove_hooks_since(net, number)
+    assert not has_hooks_since(net, number)
     assert net(torch.ones(())) == 2
     assert not net[0]._forward_hooks_with_kwargs
     assert not net[0]._forward_pre_hooks_with_kwargs

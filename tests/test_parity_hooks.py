@@ -64,3 +64,74 @@ def test_hidden_states_are_predicted_as_unsplit() -> None:
     assert len(found["hidden_states"]) == len(wanted) == 3
     for one, other in zip(found["hidden_states"], wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_router_logits_by_microbatches_that_count_by_their_samples(stages: int) -> None:
+    model = mixtral()
+    ids = torch.randint(0, 64, (6, 7))
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    whole = copy.deepcopy(model).train()
+    total = 0.0
+    for rows in (slice(0, 3), slice(3, 6)):  # the loss compares tokens with each other: this is another loss, said so
+        loss = whole(input_ids=ids[rows], labels=labels[rows]).loss * 3 / 6
+        loss.backward()
+        total += loss.item()
+    torch.optim.SGD(whole.parameters(), lr=1.0).step()
+    with PipelineTrainer(
+        model,
+        stages=stages,
+        microbatches=2,
+        microbatch_weight="samples",
+        backend="local",
+        optimizer=lambda named: torch.optim.SGD(named, lr=1.0),
+    ) as trainer:
+        assert trainer.train_step({"input_ids": ids, "labels": labels})["loss"] == pytest.approx(total, rel=1e-6)
+        found = trainer.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert relative(found[name], tensor) < 1e-5, name
+
+
+def llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def t5() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, use_cache=False, decoder_start_token_id=0
+    )
+    config._attn_implementation = "eager"
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("make", [llama, t5])
+def test_hidden_states_and_attentions_are_predicted_as_unsplit(make: Any, stages: int) -> None:
+    model = make().eval()
+    ids = torch.randint(0, 64, (4, 7))
+    batch = {"input_ids": ids, "output_hidden_states": True, "output_attentions": True}
+    if make is t5:
+        batch["decoder_input_ids"] = torch.randint(0, 64, (4, 5))
+    with torch.no_grad():
+        wanted = model(**batch)
+    names = [name for name in wanted if name.endswith(("hidden_states", "attentions"))]
+    assert len(names) == (5 if make is t5 else 2)
+    with PipelineTrainer(model, stages=stages, microbatches=2, backend="local") as trainer:
+        (found,) = trainer.predict([batch])
+    for name in names:
+        assert len(found[name]) == len(wanted[name])
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-6)

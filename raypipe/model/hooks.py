@@ -70,6 +70,11 @@ def next_hook() -> int:
     return RemovableHandle.next_id
 
 
+def has_hooks_since(model: nn.Module, number: int) -> bool:
+    """Whether modules have hooks that were set since ``next_hook()`` was ``number``."""
+    return any(key >= number for module in model.modules() for kind in _KINDS for key in getattr(module, kind))
+
+
 def remove_hooks_since(model: nn.Module, number: int) -> None:
     """Removes the hooks that a forward set and, as it was left before its end, did not remove.
 
@@ -77,8 +82,6 @@ def remove_hooks_since(model: nn.Module, number: int) -> None:
         model: whose modules have them.
         number: ``next_hook()`` before the forward.
     """
-    if RemovableHandle.next_id == number:
-        return
     for module in model.modules():
         for kind in _KINDS:
             hooks = getattr(module, kind)

@@ -13,7 +13,7 @@ from typing import Any
 
 from raypipe.errors import CutError
 from raypipe.model.attributes import Snapshot
-from raypipe.model.hooks import next_hook, remove_hooks_since
+from raypipe.model.hooks import has_hooks_since, next_hook
 from raypipe.model.recorder import AsksForData, Recorder, StaysInside
 from raypipe.model.recording import Recording
 from raypipe.model.saved import Saved
@@ -51,16 +51,15 @@ def record(twin: Twin, forward: Callable[[Any], Any], saved: Saved | None = None
                 outputs = forward(twin.model)
             except StaysInside as stop:
                 kept.restore_contents()
-                remove_hooks_since(twin.model, first_hook)
                 inside.add(stop.hook)
                 if saved is not None:
                     saved.by_event.clear()
                 continue
             except AsksForData as stop:
                 kept.restore_contents()
-                remove_hooks_since(twin.model, first_hook)
                 recorder.recording.stopped = stop.sentence
         recorder.look_at_outputs(outputs)
+        recorder.recording.removes_hooks = next_hook() != first_hook and not has_hooks_since(twin.model, first_hook)
         if recorder.recording.stopped is not None and not recorder.called.issuperset(twin.units):
             raise CutError(recorder.recording.stopped)
         return recorder.recording

@@ -46,6 +46,8 @@ class Recording:
     """Events that must lie in one chunk, since what goes on between them cannot be carried."""
     inside: frozenset[str] = frozenset()
     """Names of hooks whose bodies belong to the unit: they do what code between units cannot."""
+    removes_hooks: bool = False
+    """Whether the forward sets hooks on modules and removes all of them before it ends."""
     running: int | None = None
     """The event of the unit call that runs now, while the forward is recorded."""
     stopped: str | None = None

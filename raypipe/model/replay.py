@@ -77,7 +77,8 @@ def replay(
         try:
             outputs = forward(model)
         except _EndOfWindow:
-            remove_hooks_since(model, first_hook)
+            if recording.removes_hooks:  # others stay: some models set theirs in their first forward
+                remove_hooks_since(model, first_hook)
             if kept is not None:  # the end of the forward, which may empty a list that hooks fill, does not run here
                 kept.restore_contents()
     if run.event != window.end and not run.in_tail:
