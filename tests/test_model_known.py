@@ -78,3 +78,22 @@ def test_recurrent_layers_over_packed_sequences_keep_their_gradients(grad: bool)
         recording = recorded(Asked(lambda model, x: x, Packing), batch())
     made = [recording.values[event.leaves[0].value] for event in recording.events if event.call is not None]  # type: ignore[union-attr]
     assert [(value.spec.shape, value.requires_grad) for value in made] == [((4, WIDTH), grad)] * 4
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_writing_elsewhere_leaves_what_is_known(own: bool) -> None:
+    """Longformer writes rows at known indices, and asks afterwards how many they were."""
+
+    class Writing(Asking):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            mine = lengths.clone()
+            h = x.clone()
+            h[:, mine] = 0.0
+            if own:
+                mine[0] = h.detach()[0, 0].long()
+            found.append(int(mine.sum()))
+            return nn.Linear.forward(self, h)
+
+    found: list[int] = []
+    recorded(Asked(lambda model, x: x, lambda: Writing(WIDTH, WIDTH)), batch())
+    assert found == ([0] * 4 if own else [11] * 4)

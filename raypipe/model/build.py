@@ -95,8 +95,8 @@ def _left_by_a_forward(model: nn.Module) -> str:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 where = f"{name}.{key}".lstrip(".")
                 return (
-                    f"{where} is a tensor that was computed from others ({value.grad_fn.name()}), as a forward leaves it "
-                    "behind, and a model that holds one cannot be copied: give the model before its first forward, or "
+                    f"{where} is a tensor that was computed from others ({value.grad_fn.name()}), as a forward leaves "
+                    "it behind, and a model that holds one cannot be copied: give it before its first forward, or "
                     "set the attribute to None"
                 )
     return ""

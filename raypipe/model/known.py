@@ -49,7 +49,7 @@ class Known:
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         random = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         if not all(known) or random or not made or not all(map(_followed, made)):
-            if changes and any(known):  # of what shares memory nothing is known any more
+            if changes and self._writes_known(func, args, kwargs):  # of what shares memory nothing is known any more
                 self._real.clear()
             return
         with _disable_current_modes():
@@ -57,6 +57,13 @@ class Known:
             found = [leaf for leaf in pytree.tree_leaves(func(*own[0], **own[1])) if isinstance(leaf, Tensor)]
             for fake, real in zip(made, found, strict=True):
                 self._note(fake, real)
+
+    def _writes_known(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether the kernel changes memory of which something is known; its indices may be known and stay so."""
+        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        written = [given.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        memory = {fake.untyped_storage()._cdata for fake in self._kept[::2]}
+        return any(t.untyped_storage()._cdata in memory for t in pytree.tree_leaves(written) if isinstance(t, Tensor))
 
     def _note(self, fake: Tensor, real: Tensor) -> None:
         self._real[id(fake)] = real
