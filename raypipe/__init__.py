@@ -25,6 +25,7 @@ from raypipe.errors import (
 
 if TYPE_CHECKING:
     from raypipe import data, schedule
+    from raypipe.model.pretrained import from_pretrained
     from raypipe.plan import Plan
     from raypipe.schedule import Schedule
     from raypipe.trainer import PipelineTrainer
@@ -47,6 +48,7 @@ __all__ = [
     "StepError",
     "__version__",
     "data",
+    "from_pretrained",
     "schedule",
 ]
 
@@ -55,7 +57,7 @@ _HOME: Mapping[str, str] = MappingProxyType(
         "PipelineTrainer": "raypipe.trainer",
         "Plan": "raypipe.plan",
         "Schedule": "raypipe.schedule",
-        "from_pretrained": "raypipe.options",  # refused there until it is built, so it is not in __all__
+        "from_pretrained": "raypipe.model.pretrained",
     }
 )
 _ROOMS = ("data", "schedule")

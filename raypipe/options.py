@@ -22,7 +22,6 @@ __all__ = [
     "NOT_YET",
     "Options",
     "default_optimizer",
-    "from_pretrained",
     "not_yet",
     "opened_sources",
     "refuse_not_yet",
@@ -186,15 +185,6 @@ def opened_sources(datasets: object, evaluate_every: int | None) -> Mapping[str,
 def not_yet(name: str, instead: str) -> NotImplementedError:
     """The refusal of a method or function of the contract that comes later."""
     return NotImplementedError(f"{name} is not built yet; {instead}")
-
-
-def from_pretrained(folder: object, model_class: object) -> Callable[[], nn.Module]:
-    """Refused: a model whose ranks each read their own tensors comes later.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise not_yet("raypipe.from_pretrained", "load the whole model, as its library does, and give the module")
 
 
 def _whole(name: str, value: object, least: int = 1) -> None:

@@ -27,6 +27,7 @@ from raypipe.model.memory import worst_case
 from raypipe.model.microbatch import BatchLayout, LayoutCache, find_layout
 from raypipe.model.origin import Origin, origin_of
 from raypipe.model.partition import Partition, partition
+from raypipe.model.pretrained import Pretrained
 from raypipe.model.probe import confirm, find_rule, probe
 from raypipe.model.streamed import streaming
 from raypipe.model.streamed_gradients import streaming_gradients
@@ -274,6 +275,8 @@ def _find_rule(
 
 def planned_origin(model: object, seed: int) -> Origin:
     """The origin of what the user gave as ``model``; see ``origin_of``."""
+    if isinstance(model, Pretrained):
+        return model.origin(seed)
     return origin_of(model, seed, _packed)
 
 

@@ -116,9 +116,8 @@ def test_arguments_that_come_later(name: str) -> None:
         (lambda trainer: trainer.save("here"), "state_dict"),
         (lambda trainer: trainer.load("here"), "load_state_dict"),
         (lambda trainer: trainer.report(), "schedule.txt"),
-        (lambda trainer: raypipe.from_pretrained("here", nn.Linear), "give the module"),
     ],
-    ids=["save", "load", "report", "from_pretrained"],
+    ids=["save", "load", "report"],
 )
 def test_methods_that_come_later(call: Callable[[PipelineTrainer], Any], instead: str) -> None:
     text = refusal(lambda: call(PipelineTrainer(gpt(), 2)), NotImplementedError)
