@@ -15,7 +15,7 @@ from benchmarks.table import Row, Subject, measured
 from raypipe import PipelineTrainer
 from raypipe.observe.timeline import mean_costs
 from raypipe.options import Options
-from raypipe.plan import make_plan
+from raypipe.planning import make_plan
 from raypipe.schedule import build
 
 __all__ = ["run", "run_halves"]

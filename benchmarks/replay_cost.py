@@ -16,7 +16,8 @@ from benchmarks.models import BLOCKS, LENGTH, gpt, gpt_batch, llama, token_loss
 from benchmarks.table import Row, Subject, measured
 from raypipe.model.replay import Seeds
 from raypipe.options import Options
-from raypipe.plan import Plan, make_plan
+from raypipe.plan import Plan
+from raypipe.planning import make_plan
 from raypipe.stage.slice import Slice
 
 __all__ = ["run"]

@@ -15,7 +15,8 @@ from raypipe.driver.gang import Gang
 from raypipe.driver.results import Results
 from raypipe.model.build import whole_state
 from raypipe.options import Options, default_optimizer, not_yet, opened_sources, refuse_not_yet
-from raypipe.plan import Plan, make_plan, planned_origin
+from raypipe.plan import Plan
+from raypipe.planning import make_plan, planned_origin
 from raypipe.run import Run, start
 from raypipe.schedule import Schedule
 

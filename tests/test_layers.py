@@ -16,6 +16,7 @@ FLOORS = (  # from the top; a room imports from itself and from below, never bes
     {"cli"},
     {"trainer"},
     {"run"},
+    {"planning"},
     {"plan"},
     {"checks"},
     {"options"},

@@ -15,7 +15,7 @@ from raypipe.model.measure import measure, runnable_copy
 from raypipe.model.record import record
 from raypipe.model.twin import Twin
 from raypipe.options import Options
-from raypipe.plan import make_plan
+from raypipe.planning import make_plan
 
 
 class Slow(nn.Module):

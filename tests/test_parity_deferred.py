@@ -52,7 +52,10 @@ def test_weights_are_the_same_over_ray(ray_session: Session) -> None:
     assert_equal(initial(make, 3, batch, backend="ray"), initial(make, 2, batch))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert_masked", "t5", "vit", "whisper"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "t5", "vit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "bert_masked", "whisper"))],
+)
 def test_training_is_that_of_the_unsplit_model(name: str) -> None:
     family = FAMILIES[name]
     assert_trains_alike(family.build, [family.batch()])

@@ -7,7 +7,8 @@ from torch import nn
 from training import batches_of_tokens, gpt, trainer_of
 
 from raypipe.options import Options
-from raypipe.plan import Plan, make_plan
+from raypipe.plan import Plan
+from raypipe.planning import make_plan
 
 
 def plan_of(model: nn.Module, stages: int, **options: Any) -> Plan:

@@ -12,7 +12,7 @@ from raypipe.driver.controller import Controller
 from raypipe.driver.local import LocalGang
 from raypipe.driver.results import Results
 from raypipe.options import Options
-from raypipe.plan import make_plan
+from raypipe.planning import make_plan
 from raypipe.run import Run, start
 
 BATCHES = [(torch.rand(4, 4), torch.rand(4, 4)) for _ in range(5)]

@@ -15,7 +15,8 @@ from raypipe.data.wire import pack, unpack
 from raypipe.driver.local import LocalGang
 from raypipe.errors import PeerLost, StageError
 from raypipe.options import Options
-from raypipe.plan import Plan, make_plan
+from raypipe.plan import Plan
+from raypipe.planning import make_plan
 from raypipe.stage.protocol import run_blocking
 from raypipe.stage.worker import StageWorker
 from raypipe.transport.memory import MemoryHub

@@ -6,7 +6,7 @@ from torch import nn
 
 from raypipe.advice import short
 from raypipe.options import Options
-from raypipe.plan import make_plan
+from raypipe.planning import make_plan
 from raypipe.table import imbalance, plan_table
 
 

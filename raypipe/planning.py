@@ -1,0 +1,153 @@
+"""From a model and an example batch to a plan, by running the model on husks; nothing is started."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from raypipe.accounting import in_flight, observed, sizes_of, stage_plans
+from raypipe.checks import (
+    Changes,
+    refuse_changing_buffers,
+    refuse_parameters_in_functions,
+    refuse_untrainable,
+    try_optimizers,
+)
+from raypipe.data.wire import pack, unpack
+from raypipe.errors import BatchError
+from raypipe.model.build import Skeleton, make_skeleton
+from raypipe.model.call import Caller
+from raypipe.model.husk import names_of, replace_tensors
+from raypipe.model.measure import measure, runnable_copy
+from raypipe.model.memory import worst_case
+from raypipe.model.microbatch import BatchLayout, find_layout
+from raypipe.model.origin import Origin, origin_of
+from raypipe.model.partition import partition
+from raypipe.model.pretrained import Pretrained
+from raypipe.model.probe import confirm, find_rule, probe
+from raypipe.model.streamed import streaming
+from raypipe.model.streamed_gradients import streaming_gradients
+from raypipe.model.trial_run import tolerance_of
+from raypipe.model.twin import Twin
+from raypipe.model.weights import LossRule, refuse_batch_norm
+from raypipe.options import Options
+from raypipe.plan import Plan
+from raypipe.stage.inbox import AHEAD
+from raypipe.topology import Topology
+
+__all__ = ["make_plan", "planned_origin"]
+
+
+def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, training: bool = True) -> Plan:
+    """Plans a pipeline by looking at one batch.
+
+    Args:
+        model: not changed; or the origin of one that is nowhere whole.
+        options: of the trainer.
+        batch: an example.
+        training: whether a loss is needed.
+
+    Raises:
+        CutError: the model cannot be cut exactly.
+        BatchError: the batch cannot be cut exactly, or no rule of weights reproduces its loss.
+        ValueError: there are more stages than units, or the model has BatchNorm in train mode.
+        TypeError: ``optimizer`` or ``lr_scheduler`` gave what cannot be used.
+    """
+    refuse_parameters_in_functions(options)
+    origin = planned_origin(model, options.seed) if isinstance(model, nn.Module) else model
+    model = origin.model
+    caller = Caller(options.forward, options.loss)
+    batch = unpack(pack(batch))
+    caller.check(batch)  # before it is cut, so that the sentence speaks of the user's batch
+    layout = find_layout(batch, options.batch_dims)
+    samples = layout.samples(batch)
+    microbatches = layout.split(batch, options.most_microbatches)
+    if training:
+        refuse_untrainable(model)
+    skeleton = make_skeleton(model, options.units, None if origin.is_whole else origin.tensor)
+    if not (training and skeleton.model.training):  # a root in train mode keeps its submodules' own modes
+        skeleton.model.train(training)
+    if training:  # by the most microbatches that a batch may have: this one may be small
+        refuse_batch_norm(skeleton.model, options.most_microbatches, options.batch_norm)
+    schedule = options.make_schedule(len(microbatches))
+    twin = Twin(skeleton.model, options.units)
+    changes = Changes(twin.model)
+    recording, saved = observed(twin, caller, microbatches[0].batch, training=training)
+    counts = {name: p.numel() for name, p in names_of(skeleton.model)[0].items()}
+    sizes, state_known = sizes_of(skeleton, twin, recording, saved, options)
+    times = None
+    if options.balance == "time":
+        if not origin.is_whole:  # its tensors have no data here to run on
+            raise ValueError(
+                "balance='time' runs the model here, but this one was given as a callable and is built on the ranks; "
+                "use 'flops', 'memory', 'parameters' or a list of unit calls"
+            )
+        piece, threads = microbatches[0].batch, options.threads or 1
+        running = runnable_copy(model, training)
+        times = measure(running, options.units, caller, piece, recording, threads, training=training)
+    memory = worst_case(sizes, in_flight(schedule), AHEAD) if options.balance == "memory" else None
+    cut = partition(
+        recording, twin.unit_parameters, counts, schedule.chunks, options.balance, times=times, memory=memory
+    )
+    if training:
+        refuse_changing_buffers(changes.names(), options, skeleton.unit_buffers, cut)
+    rule = _find_rule(origin, skeleton, caller, batch, layout, options) if training else None
+    plan = Plan(
+        Topology(options.stages),
+        cut,
+        schedule,
+        layout,
+        rule,
+        samples,
+        options,
+        caller,
+        skeleton,
+        len(recording.calls),
+        origin,
+        stage_plans(cut, schedule, sizes, counts, state_known),
+    )
+    if training:
+        parameters = names_of(model)[0]
+        held = [
+            (plan.topology.rank(s), {name: parameters[name] for name in plan.held_by(s)}) for s in range(options.stages)
+        ]
+        try_optimizers(options, plan.gradients(), held)
+    return plan
+
+
+def _find_rule(
+    origin: Origin, skeleton: Skeleton, caller: Caller, batch: Any, layout: BatchLayout, options: Options
+) -> LossRule:
+    """The probe runs in the modes of training, on a copy that shares the model's tensors, or makes them in passing."""
+    if options.microbatch_weight is not None:
+        return LossRule.given(options.microbatch_weight)
+    try:
+        if not origin.is_whole:
+            observe = streaming(skeleton, origin.tensor, options.units, caller)
+            tolerance = tolerance_of(skeleton.model)
+            rule = probe(observe, batch, layout, tolerance)
+            confirm(rule, streaming_gradients(skeleton, origin.tensor, options.units, caller), batch, layout, tolerance)
+            return rule
+        tensors = [*origin.model.parameters(), *origin.model.buffers()]
+        copy = replace_tensors(origin.model, {id(tensor): tensor for tensor in tensors})
+        if not copy.training:
+            copy.train()
+        return find_rule(copy, caller, batch, layout)
+    except BatchError:
+        if options.most_microbatches > 1:
+            raise
+        return LossRule.given("samples")  # a batch that is never cut needs no rule; an evaluation weighs batches so
+
+
+def planned_origin(model: object, seed: int) -> Origin:
+    """The origin of what the user gave as ``model``; see ``origin_of``."""
+    if isinstance(model, Pretrained):
+        return model.origin(seed)
+    return origin_of(model, seed, _packed)
+
+
+def _packed(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    return functools.partial(unpack, pack(tensors))
