@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import cloudpickle
 import numpy
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raypipe.errors import CutError
 from raypipe.model.partition import Partition
@@ -171,8 +172,10 @@ def try_optimizers(
         ValueError: it works on other parameters than it was given. An exception of the user's code comes as itself.
     """
     for rank, parameters in held:
-        own = {name: _stand_in(parameter) for name, parameter in parameters.items()}
-        made = StageOptimizer(rank, own, gradients, options.optimizer, options.lr_scheduler, None, None).optimizer
+        try:
+            own, made = _tried(rank, parameters, gradients, options, _fake)
+        except Exception:  # it reads data; or its fault is its own, which ordinary tensors show in its own words
+            own, made = _tried(rank, parameters, gradients, options, _stand_in)
         given = {id(parameter) for parameter in own.values()}
         groups = made.param_groups if made is not None else []
         if any(id(parameter) not in given for group in groups for parameter in group["params"]):
@@ -180,6 +183,24 @@ def try_optimizers(
                 "optimizer(named_parameters) made an optimizer of other parameters than it was given, so a stage would "
                 "not train its own; use its argument, as in lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)"
             )
+
+
+def _tried(
+    rank: int,
+    parameters: Mapping[str, nn.Parameter],
+    gradients: Gradients,
+    options: Options,
+    stand_in: Callable[[nn.Parameter], nn.Parameter],
+) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer | None]:
+    own = {name: stand_in(parameter) for name, parameter in parameters.items()}
+    return own, StageOptimizer(rank, own, gradients, options.optimizer, options.lr_scheduler, None, None).optimizer
+
+
+def _fake(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter without memory, and state made like it has none either: Adagrad makes its own at once."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        empty = torch.empty(tuple(parameter.shape), dtype=parameter.dtype, device=parameter.device)
+        return nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:

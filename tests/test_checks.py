@@ -11,6 +11,7 @@ import pytest
 import torch
 from parity import Case, assert_exact
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from training import trainer_of
 
@@ -147,3 +148,23 @@ def test_a_units_buffer_that_changes_may_not() -> None:
     options = {"loss": F.cross_entropy, "microbatches": 1, "balance": [1, 2], "example": batch}
     with pytest.raises(CutError, match=r"reads the buffer blocks.0.factor outside of blocks.0, which changes it"):
         trainer_of(Lending(changing=True), 2, **options)
+
+
+def test_optimizers_are_tried_without_memory_for_their_state() -> None:
+    kept: list[Tensor] = []
+
+    def adagrad(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.Adagrad([p for _, p in parameters], lr=0.1)
+        kept.extend(state["sum"] for state in optimizer.state.values())
+        return optimizer
+
+    batch = torch.rand(2, 4), torch.rand(2, 3)
+    trainer_of(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)),
+        2,
+        loss=F.mse_loss,
+        optimizer=adagrad,
+        datasets={"train": [batch]},
+    ).plan()
+    assert kept
+    assert all(isinstance(state, FakeTensor) for state in kept)

@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from training import batches_of_tokens, gpt
 
 from raypipe.model.build import make_skeleton
@@ -43,3 +45,26 @@ def test_a_tensor_is_dropped_when_its_unit_returns() -> None:
         assert len(made) == len(set(made)) == len(list(origin.model.parameters()))
         model(**batches_of_tokens(1)[0])
     assert len(made) == 2 * len(set(made))
+
+
+def test_a_graph_holds_no_weights_and_goes_backward_all_the_same() -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    origin = build_deferred(make, 0)
+    made: list[StorageWeakRef] = []
+
+    def tensor(name: str) -> torch.Tensor:
+        values = origin.tensor(name)
+        made.append(StorageWeakRef(values.untyped_storage()))
+        return values
+
+    whole, x = make(), torch.rand(2, 4, requires_grad=True)
+    whole.load_state_dict({name: origin.tensor(name) for name, _ in origin.model.named_parameters()})
+    with streamed(make_skeleton(origin.model, None, origin.tensor), tensor) as model:
+        found = model(x)
+        assert found.requires_grad
+        assert len(made) == 4
+        assert all(weight.expired() for weight in made)
+        (gradient,) = torch.autograd.grad(found.square().sum(), x)
+    assert torch.equal(gradient, torch.autograd.grad(whole(x).square().sum(), x)[0])

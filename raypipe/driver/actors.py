@@ -25,11 +25,13 @@ from raypipe.transport.base import Wiring
 from raypipe.transport.process_group import ProcessGroupTransport
 from raypipe.transport.rendezvous import join_store, serve_store
 
-__all__ = ["CONTROL", "StageActor", "outcome_of"]
+__all__ = ["CONTROL", "Build", "StageActor", "bytes_of", "outcome_of"]
 
 T = TypeVar("T")
 
 Build = bytes | tuple[bytes, Sequence[Any]]
+
+"""What makes a rank's worker: a pickle, with its buffers where they stand apart."""
 
 CONTROL = "control"
 """The concurrency group of the calls that are answered while a step runs."""
@@ -41,6 +43,7 @@ class StageActor:
     def __init__(self, topology: Topology, rank: int, timeout_s: float) -> None:
         self._topology, self._rank, self._timeout_s = topology, rank, timeout_s
         self._began = time.monotonic()
+        self._built: Worker | None = None  # and not yet connected
         self._worker: Worker | None = None
         self._store: TCPStore | None = None
         self._ended: str | None = None
@@ -62,24 +65,12 @@ class StageActor:
 
         return self._run(0, "rendezvous", work)
 
-    def start(
-        self,
-        build: bytes | tuple[bytes, Sequence[Any]],
-        host: str,
-        port: int,
-        own_host: str,
-        wiring: Wiring,
-        path: Sequence[str],
-    ) -> None:
-        """Builds the worker and connects it to the others.
+    def build(self, build: Build, path: Sequence[str]) -> None:
+        """Builds the worker; what it was built from is let go of when this returns.
 
         Args:
             build: a cloudpickled callable without arguments that returns the rank's ``Worker``, with its buffers where
                 they stand apart.
-            host: where the store is.
-            port: its port.
-            own_host: the address of this rank's node, for its peers.
-            wiring: which ranks talk to which.
             path: the driver's ``sys.path``, so that the user's modules are found where they exist here.
         """
 
@@ -87,11 +78,27 @@ class StageActor:
             keep_freed_memory()
             sys.path.extend(entry for entry in path if entry not in sys.path and Path(entry).exists())
             data, buffers = build if isinstance(build, tuple) else (build, ())
-            worker: Worker = cloudpickle.loads(data, buffers=buffers)()
+            self._built = cloudpickle.loads(data, buffers=buffers)()
+
+        self._run(0, "start", work)
+
+    def connect(self, host: str, port: int, own_host: str, wiring: Wiring) -> None:
+        """Connects the worker to the others.
+
+        Args:
+            host: where the store is.
+            port: its port.
+            own_host: the address of this rank's node, for its peers.
+            wiring: which ranks talk to which.
+        """
+
+        def work() -> None:
             store = join_store(host, port, self._timeout_s) if self._store is None else self._store
             transport = ProcessGroupTransport(store, self._rank, wiring, timeout_s=self._timeout_s, host=own_host)
-            worker.connect(transport)
-            self._worker = worker
+            if self._built is None:
+                raise PeerLost(None, "this rank was not built")
+            self._built.connect(transport)
+            self._worker = self._built
             # What is there now stays: the collector need not look at it again in the middle of an action.
             gc.collect()
             gc.freeze()
@@ -147,6 +154,11 @@ class StageActor:
             # The error on its way to the user counts, not one of closing after it.
             with contextlib.suppress(Exception):
                 self._worker.close()
+
+
+def bytes_of(build: Build) -> int:
+    """How much memory a build takes in the object store."""
+    return len(build) if isinstance(build, bytes) else len(build[0]) + sum(each.nbytes for each in build[1])
 
 
 def outcome_of(call: ray.ObjectRef[Any], rank: int, step: int, topology: Topology) -> Outcome:

@@ -7,13 +7,13 @@ import secrets
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from raypipe.driver.actors import outcome_of
+from raypipe.driver.actors import Build, bytes_of, outcome_of
 from raypipe.driver.cluster import Session, start_ray
 from raypipe.driver.failure import explains, first_cause
 from raypipe.driver.gang import Pending
@@ -43,11 +43,13 @@ GRACE_S = 2.0
 """How long the cause may come after the news of it: neighbours hear of a death before Ray does."""
 LONG_GRACE_S = 20.0
 """The same where a rank does not even answer: its whole node may be gone, which Ray knows after some 12 s."""
+TOGETHER_BYTES = 16 * 2**20
+"""Ranks whose builds are no larger together are built at the same time."""
 
 
 def launch(
     topology: Topology,
-    builds: Iterable[bytes | tuple[bytes, Sequence[Any]]],
+    builds: Iterable[Build],
     wiring: Wiring,
     *,
     resources: Mapping[str, float] | None = None,
@@ -122,23 +124,34 @@ class RayGang:
         """What is known of every rank since ``wait`` raised."""
         return self._failure
 
-    def start(self, builds: Iterable[bytes | tuple[bytes, Sequence[Any]]], wiring: Wiring) -> None:
+    def start(self, builds: Iterable[Build], wiring: Wiring) -> None:
         """Compares versions, then builds and connects all ranks."""
         infos: list[NodeInfo] = self.wait(self._submit(0, "node", lambda actor, rank: actor.node.remote()))
         check_versions(NodeInfo.here(), infos)
         host = infos[0].ip
         (port,) = self.wait(self._submit(0, "rendezvous", lambda actor, rank: actor.serve.remote(host), ranks=1))
-        stored = [ray.put(build) for build in builds]
-        if len(stored) != len(self._actors):
-            raise ValueError(f"{len(stored)} builds were given for {len(self._actors)} ranks; give one for each")
-        path = list(sys.path)
+        self._build(builds)
         self.wait(
-            self._submit(
-                0,
-                "start",
-                lambda actor, rank: actor.start.remote(stored[rank], host, port, infos[rank].ip, wiring, path),
-            )
+            self._submit(0, "start", lambda actor, rank: actor.connect.remote(host, port, infos[rank].ip, wiring))
         )
+
+    def _build(self, builds: Iterable[Build]) -> None:
+        """Has all workers built. The store holds one large slice at a time: the next one waits until that is taken."""
+        calls: list[Any] = []
+        given, stored, path = 0, 0, list(sys.path)
+        for given, build in enumerate(builds, start=1):
+            size = bytes_of(build)
+            if stored and stored + size > TOGETHER_BYTES:
+                self.wait(Pending(0, "start", tuple(calls)))
+                stored = 0
+            if given <= len(self._actors):
+                with hold_interrupts():
+                    calls.append(self._actors[given - 1].build.remote(ray.put(build), path))
+                    self._untaken.add(calls[-1])
+                stored += size
+        if given != len(self._actors):
+            raise ValueError(f"{given} builds were given for {len(self._actors)} ranks; give one for each")
+        self.wait(Pending(0, "start", tuple(calls)))
 
     def put(self, value: Any) -> Any:
         """Stores a value once in the object store."""

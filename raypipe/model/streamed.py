@@ -1,6 +1,8 @@
 """Runs a model of husks whose tensors are made when they are used and dropped when their unit returns.
 
 So a process that holds none of the weights can look at a forward: its peak is the largest unit, and the activations.
+Autograd would keep the weights too, as leaves of its graph and for a backward. So they are no leaves here, and what it
+saves of them is their name.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from raypipe.model.build import Skeleton
 from raypipe.model.call import Caller
 from raypipe.model.denominators import Denominators
 from raypipe.model.functions import SHAPES, function_name
+from raypipe.model.heap import give_back_freed
 from raypipe.model.husk import Husk, names_of, replace_tensors
 from raypipe.model.intercept import Watch, install
 from raypipe.model.quiet import quiet
@@ -28,6 +32,9 @@ from raypipe.model.units import find_units
 __all__ = ["Stream", "TensorOf", "streamed", "streaming"]
 
 TensorOf = Callable[[str], Tensor]
+
+RETURN_BYTES = 16 * 2**20
+"""How much is made and dropped before freed memory goes back to the system."""
 
 
 @contextmanager
@@ -47,7 +54,8 @@ def streamed(
     """
     model = replace_tensors(skeleton.model, {})
     switch = install(find_units(model, patterns))
-    with switch.on(stream or Stream(tensor)):
+    stream = stream or Stream(tensor)
+    with switch.on(stream), torch.autograd.graph.saved_tensors_hooks(stream.pack, stream.unpack):
         yield model
 
 
@@ -85,6 +93,9 @@ class Stream(Watch):
         super().__init__({})
         self._tensor = tensor
         self._made: dict[str, Tensor] = {}
+        self._names: dict[int, tuple[str, int]] = {}
+        self._unreturned = 0
+        self._anchor = torch.zeros((), requires_grad=True)
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.inside = True
@@ -92,22 +103,77 @@ class Stream(Watch):
             return call(*args, **kwargs)
         finally:
             self.inside = False
-            self._made.clear()
+            self._forget()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _has_husk((args, kwargs)) and function_name(func) not in SHAPES:
             args, kwargs = pytree.tree_map_only(Husk, self._real, (args, kwargs))
             if not self.inside:
-                self._made.clear()
+                self._forget()
         return func(*args, **kwargs)
+
+    def pack(self, saved: Tensor) -> Any:
+        """A weight's view without its memory; anything else as it is."""
+        known = self._names.get(saved.untyped_storage().data_ptr()) if saved.layout == torch.strided else None
+        if known is None or known[1] != saved._version:
+            return saved
+        return _Saved(known[0], saved.dtype, tuple(saved.shape), saved.stride(), int(saved.storage_offset()))
+
+    def unpack(self, saved: Any) -> Tensor:
+        """For a forward that itself goes backward: the weight is made anew."""
+        if isinstance(saved, _Saved):
+            with undisturbed():
+                memory = self._tensor(saved.name).detach().untyped_storage()
+                return torch.empty(0, dtype=saved.dtype).set_(memory, saved.offset, saved.shape, saved.stride)
+        return cast(Tensor, saved)
 
     def _real(self, husk: Husk) -> Tensor:
         name = husk.husk_name
         if name not in self._made:
             with undisturbed():
-                self._made[name] = self._tensor(name).detach().requires_grad_(husk.requires_grad)
+                made = self._tensor(name).detach()
+            if husk.requires_grad:
+                # The graph would hold leaves; without a graph they are as good.
+                made = self._grown(name, made) if torch.is_grad_enabled() else made.requires_grad_()
+            self._made[name] = made
+            self._unreturned += made.nbytes
+            self._names[made.untyped_storage().data_ptr()] = name, made._version
         return self._made[name]
+
+    def _grown(self, name: str, made: Tensor) -> Tensor:
+        """A tensor that requires a gradient, and is not held by the graph."""
+        return cast(Tensor, _Grown.apply(self._anchor, made))  # type: ignore[no-untyped-call]
+
+    def _forget(self) -> None:
+        self._made.clear()
+        self._names.clear()
+        if self._unreturned > RETURN_BYTES:
+            self._unreturned = 0
+            give_back_freed()  # else glibc keeps holes of all sizes, together more than the model
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """What autograd saved of a weight."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Grown(torch.autograd.Function):
+    """A tensor that requires a gradient, and is not held by the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, made: Tensor) -> Tensor:
+        return made.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _has_husk(tree: Any) -> bool:

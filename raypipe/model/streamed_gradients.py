@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from raypipe.model.build import Skeleton
 from raypipe.model.call import Caller
 from raypipe.model.denominators import Denominators
 from raypipe.model.gradient_check import GradientsOf
-from raypipe.model.husk import Husk
 from raypipe.model.quiet import quiet
 from raypipe.model.recipes import undisturbed
 from raypipe.model.streamed import Stream, TensorOf, streamed
@@ -38,7 +37,7 @@ def streaming_gradients(
         own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
         stream = _Stream(tensor)
         with streamed(skeleton, tensor, patterns, stream) as model, quiet(model), torch.enable_grad():
-            with Denominators() as seen, torch.autograd.graph.saved_tensors_hooks(stream.pack, stream.unpack):
+            with Denominators() as seen:
                 loss = caller.loss_of(caller.outputs(model, own), own)
             loss.backward()  # type: ignore[no-untyped-call]  # a checkpoint runs its part again, with made weights
         return seen.values(), stream.images
@@ -52,31 +51,9 @@ class _Stream(Stream):
     def __init__(self, tensor: TensorOf) -> None:
         super().__init__(tensor)
         self.images: dict[str, Tensor] = {}
-        self._anchor = torch.zeros((), requires_grad=True)
 
-    def _real(self, husk: Husk) -> Tensor:
-        name = husk.husk_name
-        if name not in self._made:
-            with undisturbed():
-                value = self._tensor(name).detach()
-            self._made[name] = _Weight.apply(self._anchor, value, name, self.images) if husk.requires_grad else value  # type: ignore[no-untyped-call]
-        return self._made[name]
-
-    def pack(self, tensor: Tensor) -> Any:
-        """A weight of the unit that runs as its name and how it is seen; anything else as itself."""
-        memory = tensor.untyped_storage()._cdata
-        for name, weight in self._made.items() if self.inside else ():
-            if weight.untyped_storage()._cdata == memory:
-                return name, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-        return tensor
-
-    def unpack(self, packed: Any) -> Tensor:
-        """The weight, made again."""
-        if isinstance(packed, Tensor):
-            return packed
-        name, shape, stride, offset = packed
-        with undisturbed():
-            return self._tensor(name).detach().as_strided(shape, stride, offset)
+    def _grown(self, name: str, made: Tensor) -> Tensor:
+        return cast(Tensor, _Weight.apply(self._anchor, made, name, self.images))  # type: ignore[no-untyped-call]
 
 
 class _Weight(torch.autograd.Function):
