@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raypipe.model.deferred import Deferral
 from raypipe.model.husk import husk_of, names_of
+from raypipe.model.overlap import refuse_overlap
 from raypipe.model.recipes import Constant, Recipe
 from raypipe.model.seeds import kept_state
 
@@ -93,9 +94,10 @@ def origin_of(model: object, seed: int, pack: Callable[[dict[str, Tensor]], Call
 
     Raises:
         TypeError: it is neither, or the callable returns no module. An exception of the callable comes as itself.
-        ValueError: the callable's model cannot be built without its weights.
+        ValueError: two parameters lie in the same memory, or the callable's model cannot be built without its weights.
     """
     if isinstance(model, nn.Module):
+        refuse_overlap(names_of(model)[0])
         return Given(model, pack)
     if isinstance(model, type) or not callable(model):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
@@ -110,6 +112,7 @@ def build_deferred(make: Callable[[], Any], seed: int) -> Promised:
         model = deferral.run(make)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the callable given as model returned a {type(model).__name__}, but must return an nn.Module")
+    refuse_overlap(names_of(model)[0])
     named = _named(model)
     for name, tensor in named.items():
         if tensor.device.type != "cpu":
