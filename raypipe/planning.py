@@ -21,6 +21,7 @@ from raypipe.errors import BatchError
 from raypipe.model.build import Skeleton, make_skeleton
 from raypipe.model.call import Caller
 from raypipe.model.husk import names_of, replace_tensors
+from raypipe.model.lent import lent
 from raypipe.model.measure import measure, runnable_copy
 from raypipe.model.memory import worst_case
 from raypipe.model.microbatch import BatchLayout, find_layout
@@ -80,14 +81,15 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     sizes, state_known = sizes_of(skeleton, twin, recording, saved, options)
     times = None
     if options.balance == "time":
-        if not origin.is_whole:  # its tensors have no data here to run on
-            raise ValueError(
-                "balance='time' runs the model here, but this one was given as a callable and is built on the ranks; "
-                "use 'flops', 'memory', 'parameters' or a list of unit calls"
-            )
         piece, threads = microbatches[0].batch, options.threads or 1
-        running = runnable_copy(model, training)
-        times = measure(running, options.units, caller, piece, recording, threads, training=training)
+        if origin.is_whole:
+            running = runnable_copy(model, training)
+            times = measure(running, options.units, caller, piece, recording, threads, training=training)
+        else:
+            running, with_weights = lent(skeleton, origin.tensor, recording, training)
+            times = measure(
+                running, options.units, caller, piece, recording, threads, training=training, with_weights=with_weights
+            )
     memory = worst_case(sizes, in_flight(schedule), AHEAD) if options.balance == "memory" else None
     cut = partition(
         recording, twin.unit_parameters, counts, schedule.chunks, options.balance, times=times, memory=memory

@@ -4,11 +4,11 @@ import copy
 import time
 from typing import Any
 
-import pytest
 import torch
+from families import FAMILIES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from training import batches_of_tokens, gpt, trainer_of
+from training import GPT, batches_of_tokens, gpt, trainer_of
 
 from raypipe.model.call import Caller
 from raypipe.model.measure import measure, runnable_copy
@@ -112,6 +112,14 @@ def test_reentrant_checkpoints_can_be_timed() -> None:
     assert model[1].weight.grad is None
 
 
-def test_a_callable_cannot_be_timed_here() -> None:
-    with pytest.raises(ValueError, match="balance='time' runs the model here"):
-        trainer_of(gpt, 2, example=batches_of_tokens(1)[0], balance="time")  # type: ignore[arg-type]
+def test_a_callable_is_timed_unit_by_unit() -> None:
+    for build in (gpt, lambda: gpt(tied=True), lambda: FAMILIES["gpt2"].build(), lambda: FAMILIES["t5"].build()):
+        model = build()
+        assert isinstance(model, nn.Module)
+        given = FAMILIES["t5"].batch(4) if "T5" in type(model).__name__ else FAMILIES["gpt2"].batch(4)
+        batch = batches_of_tokens(1)[0] if isinstance(model, GPT) else given
+        with trainer_of(build, 2, example=batch, balance="time", microbatches=2) as trainer:  # type: ignore[arg-type]
+            plan = trainer.plan()
+            times = [stage.time for stage in plan.stages]
+            assert all(time is not None and time.forward > 0 and time.backward > 0 for time in times)
+            trainer.train_step(batch)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from families import FAMILIES
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from training import batches_of_tokens, gpt, trainer_of
@@ -144,3 +146,16 @@ def test_memory_decides_the_cuts() -> None:
     assert len(stages[0].units) < len(stages[2].units)
     even = plan_of(gpt(layers=9), 3, balance=[5, 4, 4]).stages
     assert max(stage.total_bytes for stage in stages) < max(stage.total_bytes for stage in even)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_a_callable_is_planned_as_what_it_builds(name: str) -> None:
+    family = FAMILIES[name]
+    for balance in ("flops", "memory"):
+        given, promised = (
+            trainer_of(model, 3, microbatches=2, balance=balance, example=family.batch(4)).plan()
+            for model in (family.build(), family.build)
+        )
+        assert promised.stages == given.stages
+        assert (promised.partition, promised.rule) == (given.partition, given.rule)
+        assert str(promised) == str(given)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from raypipe.model.call import Caller
 from raypipe.model.cost import CallTime
-from raypipe.model.husk import replace_tensors
+from raypipe.model.husk import Husk, replace_tensors
 from raypipe.model.intercept import Watch, install
 from raypipe.model.recording import Recording
 from raypipe.model.trees import held_by, tensors_in
@@ -53,6 +53,7 @@ def measure(
     threads: int,
     *,
     training: bool = True,
+    with_weights: Callable[[nn.Module], nn.Module] = lambda unit: unit,
 ) -> tuple[CallTime, ...]:
     """Seconds of each unit call, with what follows it outside of units, for one microbatch.
 
@@ -65,8 +66,9 @@ def measure(
         recording: of it.
         threads: of PyTorch meanwhile.
         training: whether there is a loss, and a backward from it.
+        with_weights: gives a unit to run in the place of one that has none (see ``lent``).
     """
-    stopwatch = _Stopwatch(model, recording)
+    stopwatch = _Stopwatch(model, recording, with_weights)
     switch = install(find_units(model, patterns))
     between: list[list[CallTime]] = []
     with _threads(threads):
@@ -92,9 +94,10 @@ class _Stopwatch(Watch):
     Attributes: ``within``, of each unit call; ``between``, of what followed each in the latest forward.
     """
 
-    def __init__(self, model: nn.Module, recording: Recording) -> None:
+    def __init__(self, model: nn.Module, recording: Recording, with_weights: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__({id(parameter): name for name, parameter in model.named_parameters()})
-        self._loose = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._loose = [p for p in model.parameters() if p.requires_grad and not isinstance(p, Husk)]
+        self._with_weights = with_weights
         self._modules = dict(model.named_modules())
         self._flops = [recording.events[event].flops for event in recording.calls]
         self._known: dict[Any, tuple[CallTime, Any]] = {}
@@ -111,8 +114,10 @@ class _Stopwatch(Watch):
             self._close([t for _, t in tensors_in((args, kwargs))])
             key = self._key(name, args, kwargs)
             if key not in self._known:
-                trained = [p for p in self._modules[name].parameters() if p.requires_grad]
-                self._known[key] = _timed(call, args, kwargs, trained)
+                unit = self._with_weights(self._modules[name])
+                trained = [p for p in unit.parameters() if p.requires_grad]
+                own = call if unit is self._modules[name] else unit
+                self._known[key] = _timed(own, args, kwargs, trained)
             time, result = self._known[key]
             self.within.append(time)
             result = pytree.tree_map_only(Tensor, _fresh, result)
