@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import cloudpickle
@@ -172,10 +172,11 @@ def try_optimizers(
         ValueError: it works on other parameters than it was given. An exception of the user's code comes as itself.
     """
     for rank, parameters in held:
-        try:
-            own, made = _tried(rank, parameters, gradients, options, _fake)
-        except Exception:  # it reads data; or its fault is its own, which ordinary tensors show in its own words
-            own, made = _tried(rank, parameters, gradients, options, _stand_in)
+        tried = None
+        # It may read data; or its fault is its own, which ordinary tensors show in its own words.
+        with suppress(Exception):
+            tried = _tried(rank, parameters, gradients, options, _fake)
+        own, made = tried or _tried(rank, parameters, gradients, options, _stand_in)
         given = {id(parameter) for parameter in own.values()}
         groups = made.param_groups if made is not None else []
         if any(id(parameter) not in given for group in groups for parameter in group["params"]):
