@@ -20,6 +20,7 @@ from raypipe.data.wire import pack, unpack
 from raypipe.errors import BatchError
 from raypipe.model.build import Skeleton, make_skeleton
 from raypipe.model.call import Caller
+from raypipe.model.cost import CallTime
 from raypipe.model.husk import names_of, replace_tensors
 from raypipe.model.lent import lent
 from raypipe.model.measure import measure, runnable_copy
@@ -29,6 +30,7 @@ from raypipe.model.origin import Origin, origin_of
 from raypipe.model.partition import partition
 from raypipe.model.pretrained import Pretrained
 from raypipe.model.probe import confirm, find_rule, probe
+from raypipe.model.recording import Recording
 from raypipe.model.streamed import streaming
 from raypipe.model.streamed_gradients import streaming_gradients
 from raypipe.model.trial_run import tolerance_of
@@ -81,15 +83,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     sizes, state_known = sizes_of(skeleton, twin, recording, saved, options)
     times = None
     if options.balance == "time":
-        piece, threads = microbatches[0].batch, options.threads or 1
-        if origin.is_whole:
-            running = runnable_copy(model, training)
-            times = measure(running, options.units, caller, piece, recording, threads, training=training)
-        else:
-            running, with_weights = lent(skeleton, origin.tensor, recording, training)
-            times = measure(
-                running, options.units, caller, piece, recording, threads, training=training, with_weights=with_weights
-            )
+        times = _times(origin, skeleton, caller, microbatches[0].batch, recording, options, training)
     memory = worst_case(sizes, in_flight(schedule), AHEAD) if options.balance == "memory" else None
     cut = partition(
         recording, twin.unit_parameters, counts, schedule.chunks, options.balance, times=times, memory=memory
@@ -112,12 +106,37 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         stage_plans(cut, schedule, sizes, counts, state_known),
     )
     if training:
-        parameters = names_of(model)[0]
-        held = [
-            (plan.topology.rank(s), {name: parameters[name] for name in plan.held_by(s)}) for s in range(options.stages)
-        ]
-        try_optimizers(options, plan.gradients(), held)
+        _try_optimizers(plan)
     return plan
+
+
+def _times(
+    origin: Origin,
+    skeleton: Skeleton,
+    caller: Caller,
+    piece: Any,
+    recording: Recording,
+    options: Options,
+    training: bool,
+) -> tuple[CallTime, ...]:
+    """Each unit call's time on one microbatch; of a model without weights, each kind of unit gets its own for that."""
+    threads = options.threads or 1
+    if origin.is_whole:
+        running = runnable_copy(origin.model, training)
+        return measure(running, options.units, caller, piece, recording, threads, training=training)
+    running, with_weights = lent(skeleton, origin.tensor, recording, training)
+    return measure(
+        running, options.units, caller, piece, recording, threads, training=training, with_weights=with_weights
+    )
+
+
+def _try_optimizers(plan: Plan) -> None:
+    parameters = names_of(plan.model)[0]
+    held = [
+        (plan.topology.rank(stage), {name: parameters[name] for name in plan.held_by(stage)})
+        for stage in range(plan.topology.stages)
+    ]
+    try_optimizers(plan.options, plan.gradients(), held)
 
 
 def _find_rule(

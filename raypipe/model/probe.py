@@ -24,8 +24,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from raypipe.errors import BatchError
@@ -33,7 +31,7 @@ from raypipe.model import gradient_check
 from raypipe.model.call import Caller
 from raypipe.model.gradient_check import GradientsOf, check_gradients
 from raypipe.model.microbatch import BatchLayout
-from raypipe.model.shorten import shortened
+from raypipe.model.shorten import shortened, telling_samples
 from raypipe.model.trial_run import Observe, Observed, in_process, tolerance_of
 from raypipe.model.weights import LossRule, Rule
 
@@ -124,7 +122,7 @@ def confirm(
         BatchError: a parameter's gradient is not what the rule makes of the separate ones.
     """
     if rule.weight is not Rule.TARGETS and not rule.watched and tolerance <= _FINE:
-        chosen = layout.select(batch, _telling_samples(batch, layout))
+        chosen = layout.select(batch, telling_samples(batch, layout))
         for samples in (chosen, *shortened(chosen, layout)):
             check_gradients(gradients_of, samples, layout, rule)
 
@@ -141,7 +139,7 @@ def probe(observe: Observe, batch: Any, layout: BatchLayout, tolerance: float = 
     Raises:
         BatchError: no rule makes the joined loss from the separate ones.
     """
-    chosen = layout.select(batch, _telling_samples(batch, layout))
+    chosen = layout.select(batch, telling_samples(batch, layout))
     try_once = functools.partial(_try, observe, layout)
     plain, shaken = _first_trial(try_once, chosen, tolerance)
     rules = _fitting([Rule.TARGETS, Rule.SAMPLES, Rule.SUM], plain, tolerance)
@@ -236,21 +234,3 @@ def _try_or_none(try_once: _Try, changed: Any, *, faked: float | None, shaken: b
     except Exception:
         return None
     return trial if trial.finite() else None
-
-
-def _telling_samples(batch: Any, layout: BatchLayout) -> list[int]:
-    """Two full samples and one that is short, by the entries of masks and labels that are neither 0 nor -100."""
-    count = layout.samples(batch)
-    score, empty = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
-    for leaf, dim in layout.batched(batch):
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
-            leaf = torch.as_tensor(leaf)
-        if not isinstance(leaf, torch.Tensor) or leaf.dim() < 2 or leaf.is_complex():
-            continue
-        filled = ((leaf != 0) & (leaf != -100)).movedim(dim, 0).reshape(count, -1).sum(1).cpu()
-        if not torch.all(filled == filled[0]):
-            score += filled / filled.max()
-            empty |= filled == 0
-    order = [i for i in torch.argsort(score, descending=True, stable=True).tolist() if not empty[i]]
-    order = order or list(range(count))
-    return [order[0], order[1 % len(order)], order[-1]]

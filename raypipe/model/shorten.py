@@ -1,4 +1,4 @@
-"""Batches like a given one whose last sample is cut short: what padding would have made of it.
+"""Samples that tell rules of weights apart: those that differ in length, and some whose last one is cut short.
 
 Only values are used that such a leaf may hold anyway (zero is a valid token, class and mask; half a length is a
 length), so that no index leaves its table. The exception is -100 in labels, tried on the CPU alone: on a GPU a model
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from raypipe.model.batch_tree import flatten
 from raypipe.model.microbatch import BatchLayout
 
-__all__ = ["shortened"]
+__all__ = ["shortened", "telling_samples"]
 
 
 def shortened(batch: Any, layout: BatchLayout) -> Iterator[Any]:
@@ -72,3 +73,21 @@ def _tail(sample: Tensor, value: int) -> Tensor | None:
     copy = sample.clone()
     copy[..., sample.shape[-1] // 2 :] = value
     return copy
+
+
+def telling_samples(batch: Any, layout: BatchLayout) -> list[int]:
+    """Two full samples and one that is short, by the entries of masks and labels that are neither 0 nor -100."""
+    count = layout.samples(batch)
+    score, empty = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+    for leaf, dim in layout.batched(batch):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+            leaf = torch.as_tensor(leaf)
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() < 2 or leaf.is_complex():
+            continue
+        filled = ((leaf != 0) & (leaf != -100)).movedim(dim, 0).reshape(count, -1).sum(1).cpu()
+        if not torch.all(filled == filled[0]):
+            score += filled / filled.max()
+            empty |= filled == 0
+    order = [i for i in torch.argsort(score, descending=True, stable=True).tolist() if not empty[i]]
+    order = order or list(range(count))
+    return [order[0], order[1 % len(order)], order[-1]]

@@ -39,7 +39,7 @@ def streaming_gradients(
         with streamed(skeleton, tensor, patterns, stream) as model, quiet(model), torch.enable_grad():
             with Denominators() as seen:
                 loss = caller.loss_of(caller.outputs(model, own), own)
-            loss.backward()  # type: ignore[no-untyped-call]  # a checkpoint runs its part again, with made weights
+            loss.backward()  # type: ignore[no-untyped-call]
         return seen.values(), stream.images
 
     return gradients_of

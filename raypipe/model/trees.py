@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raypipe.model.event import Path
 
-__all__ = ["PLAIN", "at_path", "held_by", "leaves_in", "same_leaves", "tensors_in"]
+__all__ = ["PLAIN", "at_path", "held_by", "leaves_in", "tensors_in"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 """What is told apart by what it is, and not by which."""
@@ -56,9 +56,3 @@ def held_by(thing: Any, depth: int = 4) -> Iterator[Tensor]:
         slots = [getattr(thing, name, None) for name in getattr(type(thing), "__slots__", ())]
         for each in (*inner, *slots, *getattr(thing, "__dict__", {}).values()):
             yield from held_by(each, depth - 1)
-
-
-def same_leaves(before: tuple[list[Any], Any], after: tuple[list[Any], Any]) -> bool:
-    """Whether two flattened trees are built alike and hold the same objects."""
-    same = len(before[0]) == len(after[0]) and all(a is b for a, b in zip(before[0], after[0], strict=True))
-    return same and bool(before[1] == after[1])
