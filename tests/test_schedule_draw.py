@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raypipe.schedule import Action, Schedule, Span, build, draw_programs, draw_spans, names
@@ -88,6 +88,7 @@ def test_a_number_is_drawn_only_where_its_kind_fits_too() -> None:
     ),
     st.integers(40, 150),
 )
+@example([(0, 0.0, 6.026888406239796e-279)], 40)
 def test_any_times_fit_the_width(pieces: list[tuple[int, float, float]], width: int) -> None:
     spans = [Span(stage, Action.parse(f"{stage}F0"), start, start + length) for stage, start, length in pieces]
     lines = draw_spans(spans, 4, width=width).splitlines()

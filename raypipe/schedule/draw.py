@@ -187,7 +187,9 @@ def _axis(end: float, columns: int) -> tuple[str, str]:
         column = round(tick * step / end * columns) if end > 0 else 0
         ruler[column] = "+"
         text = f"{tick * step:g}"
-        labels = f"{labels.ljust(min(column, columns + 1 - len(text)))}{text} "
+        place = min(column, columns + 1 - len(text))
+        if len(labels) <= place:  # times such as 2e-279 have no room at every tick
+            labels = f"{labels.ljust(place)}{text} "
     return "".join(ruler), labels.rstrip()
 
 
