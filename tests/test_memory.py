@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_of_a_run import BLOCKS, STAGES
+from memory_of_a_run import BLOCKS, STAGES, save_llama
 
 WIDTH = 2800
 MODEL = BLOCKS * WIDTH * WIDTH * 4
@@ -31,7 +31,7 @@ def observed(kind: str, width: int, folder: Path) -> dict[str, Any]:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(here / "memory_of_a_run.py"), kind, str(width), str(folder / "notes")],
+        [sys.executable, str(here / "memory_of_a_run.py"), kind, str(width), str(folder)],
         env={**os.environ, "HOME": str(folder), "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -51,3 +51,16 @@ def test_peaks(kind: str, driver: float, building: float, tmp_path: Path) -> Non
     for poor, rich in zip(bare["ranks"], full["ranks"], strict=True):
         assert SLICE / 2 < rich["built"] - poor["built"] < building + MARGIN  # the lower bound: it measures weights
         assert rich["stepped"] - poor["stepped"] < building + 2 * SLICE + 2 * MARGIN
+
+
+def test_peaks_of_a_folders_model(tmp_path: Path) -> None:
+    """Files are mapped: what a rank has read of them counts for it until it lets go of the mapping."""
+    small, large = tmp_path / "bare", tmp_path / "full"
+    save_llama(16, small / "weights")
+    model = save_llama(1024, large / "weights")
+    bare, full = observed("pretrained", 16, small), observed("pretrained", 1024, large)
+    part = model / STAGES
+    assert full["driver"] - bare["driver"] < 0.35 * model
+    for poor, rich in zip(bare["ranks"], full["ranks"], strict=True):
+        assert part / 2 < rich["built"] - poor["built"] < 2 * part + MARGIN
+        assert rich["stepped"] - poor["stepped"] < 4 * part + 2 * MARGIN

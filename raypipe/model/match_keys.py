@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from raypipe.model.assemble import Assembly, assemblies
+from raypipe.model.weight_files import Header
+
 __all__ = ["Names", "match_keys", "names_in_file"]
 
 Names = Mapping[str, str]
@@ -21,10 +24,14 @@ def names_in_file(model: nn.Module) -> dict[str, str]:
     return {name: first[id(t)] for name, t in state.items() if isinstance(t, Tensor)}
 
 
-def match_keys(model: nn.Module, keys: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The file's keys of each tensor, by its first name, and the first names that the file lacks.
+def match_keys(model: nn.Module, headers: Mapping[str, Header]) -> tuple[dict[str, list[str]], list[Assembly]]:
+    """The file's keys of each tensor that lies there whole, by its first name, and what is put together from pieces.
 
     Warns once of tensors that the file lacks and once of those that the model has no place for.
+
+    Args:
+        model: of husks.
+        headers: of the file's tensors, by key.
 
     Raises:
         ValueError: the file's names cannot be matched to the model's.
@@ -32,35 +39,41 @@ def match_keys(model: nn.Module, keys: Collection[str]) -> tuple[dict[str, list[
     names, prefix = names_in_file(model), str(getattr(model, "base_model_prefix", "") or "")
     found: dict[str, list[str]] = {}
     unexpected: list[str] = []
-    for key, name in _renamed(model, keys, names, prefix).items():
+    whole, assembled = _renamed(model, headers, names, prefix)
+    for key, name in whole.items():
         if name in names:
             found.setdefault(names[name], []).append(key)
         else:
             unexpected.append(key)
-    missing = list(dict.fromkeys(first for first in names.values() if first not in found))
-    _refuse_other_names(model, keys, prefix, missing, unexpected, len(found))
+    made = [part for assembly in assembled for part in assembly.shapes]
+    unexpected += [part for part in made if part not in names]
+    parts = {names[part] for part in made if part in names}
+    missing = [first for first in dict.fromkeys(names.values()) if first not in found and first not in parts]
+    _refuse_other_names(model, [*whole, *made], prefix, missing, unexpected, len(found) + len(parts))
     _warn(model, missing, unexpected)
-    return found, missing
+    return found, assembled
 
 
-def _renamed(model: nn.Module, keys: Iterable[str], names: Names, prefix: str) -> dict[str, str]:
+def _renamed(
+    model: nn.Module, headers: Mapping[str, Header], names: Names, prefix: str
+) -> tuple[dict[str, str], list[Assembly]]:
     """The model's name of each key. Transformers 5 tells which names an older file has for a module's tensors."""
     renamings, converters = _conversions(model)
-    found = {}
-    for key in keys:
-        name = key
+    found, pieces = {}, []
+    for key in headers:
+        name, pattern = key, None
         for renaming in renamings:
             name = renaming.rename_source_key(name)[0]
         for converter in converters:
-            into, pattern = converter.rename_source_key(name)
+            name, pattern = converter.rename_source_key(name)
             if pattern is not None:
-                raise ValueError(
-                    f"{key} of the file is a piece of {into}, which Hugging Face's loader puts together from several; "
-                    "raypipe reads only tensors that are in the file as the model has them: load the whole model with "
-                    f"{type(model).__name__}.from_pretrained and give the module"
-                )
-        found[key] = _with_prefix(name, names, prefix)
-    return found
+                break
+        name = _with_prefix(name, names, prefix)
+        if pattern is None:
+            found[key] = name
+        else:
+            pieces.append((name, pattern, key))
+    return found, assemblies(pieces, converters, getattr(model, "config", None), headers)
 
 
 def _with_prefix(name: str, names: Names, prefix: str) -> str:

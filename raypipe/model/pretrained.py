@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from raypipe.model.husk import names_of
 from raypipe.model.match_keys import match_keys
-from raypipe.model.origin import Promised, build_deferred
+from raypipe.model.origin import build_deferred
+from raypipe.model.stored import Shelf, Stored
 from raypipe.model.weight_files import headers_of, keys_by_file, read
 
 __all__ = ["Pretrained", "from_pretrained"]
@@ -55,72 +56,26 @@ class Pretrained:
         dtype = self.dtype or saved or torch.float32
         _refuse_mixed(model_class, config, dtype)
         promised = build_deferred(lambda: _made(model_class, config, dtype), seed)
-        keys, _ = match_keys(promised.model, where)
+        keys, assembled = match_keys(promised.model, headers)
         parameters, buffers = names_of(promised.model)
         husks: dict[str, Tensor] = {**parameters, **buffers}
-        for name, of in keys.items():
-            for key in of:
-                if headers[key][0] != tuple(husks[name].shape):
-                    raise ValueError(
-                        f"{key} has the shape {list(headers[key][0])} in {self.folder}, but {name} of "
-                        f"{model_class.__name__} has {list(husks[name].shape)}; give the configuration and the class "
-                        "that the folder was saved with"
-                    )
+        shapes = [(key, headers[key][0], name) for name, of in keys.items() for key in of]
+        shapes += [(a.keys[0], a.shapes[name], name) for a in assembled for name in a.shapes if name in husks]
+        for key, shape, name in shapes:
+            if shape != tuple(husks[name].shape):
+                raise ValueError(
+                    f"{key} has the shape {list(shape)} in {self.folder}, but {name} of {model_class.__name__} has "
+                    f"{list(husks[name].shape)}; give the configuration and the class that the folder was saved with"
+                )
+        for of in keys.values():
             if len(of) > 1 and not _all_equal([read(self.folder, where, [key])[key] for key in of]):
                 raise ValueError(
                     f"{' and '.join(of)} differ in {self.folder}, but are one tensor in {model_class.__name__}; "
                     "save the model with tie_word_embeddings=False in its configuration, or with the weights tied"
                 )
+        dtypes = {name: husks[name].dtype for _, _, name in shapes}
         first = {name: of[0] for name, of in keys.items()}
-        dtypes = {name: husks[name].dtype for name in keys}
-        files = {key: where[key] for key in first.values()}
-        return Stored(promised.model, promised, _Shelf(self.folder, files, first, dtypes))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stored:
-    """An ``Origin`` whose tensors lie in files; what they lack is made by recipes."""
-
-    model: nn.Module
-    promised: Promised
-    shelf: _Shelf
-    is_whole: bool = False
-
-    def tensor(self, name: str) -> Tensor:
-        """Read anew at each call."""
-        return self.share([name])()[name]
-
-    def share(self, names: Iterable[str]) -> Callable[[], dict[str, Tensor]]:
-        """Where these tensors lie; they are read where it is called."""
-        wanted = list(names)
-        stored = [name for name in wanted if name in self.shelf.keys]
-        rest = self.promised.share([name for name in wanted if name not in self.shelf.keys])
-        return _Reader(self.shelf.only(stored), rest)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Shelf:
-    folder: Path
-    where: dict[str, str]
-    keys: dict[str, str]
-    dtypes: dict[str, torch.dtype]
-
-    def only(self, names: list[str]) -> _Shelf:
-        keys = {name: self.keys[name] for name in names}
-        where = {key: self.where[key] for key in keys.values()}
-        return _Shelf(self.folder, where, keys, {name: self.dtypes[name] for name in names})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Reader:
-    shelf: _Shelf
-    rest: Callable[[], dict[str, Tensor]]
-
-    def __call__(self) -> dict[str, Tensor]:
-        shelf = self.shelf
-        found = read(shelf.folder, shelf.where, shelf.keys.values())
-        own = {name: found.pop(key).to(shelf.dtypes[name], copy=True) for name, key in shelf.keys.items()}
-        return {**own, **self.rest()}
+        return Stored(promised.model, promised, Shelf(self.folder, where, first, tuple(assembled), dtypes))
 
 
 def from_pretrained(folder: Any, model_class: Any, *, dtype: torch.dtype | None = None) -> Pretrained:
