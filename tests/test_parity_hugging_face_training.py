@@ -46,9 +46,8 @@ def assert_same_run(name: str, found: Run, wanted: Run) -> None:
     shared = FAMILIES[name].shared
     assert found.losses == (pytest.approx(wanted.losses, rel=1e-6) if shared else wanted.losses)
     for key, tensor in wanted.state.items():
-        if shared:  # the bias of attention's keys starts at 0 and stays there, rounding errors aside
-            bound = 1e-5 * max(float(tensor.norm()), 1e-3)
-            assert float((found.state[key] - tensor).norm()) < bound, key
+        if shared:
+            torch.testing.assert_close(found.state[key], tensor, rtol=1e-6, atol=1e-6, msg=key)
         else:
             assert torch.equal(found.state[key], tensor), key
 
