@@ -1,8 +1,8 @@
 """WHEN each stage computes what: schedules as pure data, without torch and without Ray.
 
-A file is a noun: ``action`` the smallest value, ``schedule`` the whole, ``check`` the rules that hold for every schedule,
-``dry_run`` who waits for whom, ``simulate`` the times, ``draw`` and ``csv`` the two text forms. Each named schedule is a
-pure function in a file of its own, such as ``gpipe`` or ``zbv``, and ``catalog`` knows them by name.
+A file is a noun: ``action`` the smallest value, ``schedule`` the whole, ``check`` the rules that hold for every
+schedule, ``dry_run`` who waits for whom, ``simulate`` the times, ``draw`` and ``csv`` the two text forms. Each named
+schedule is a pure function in a file such as ``gpipe`` or ``zbv``; ``catalog`` knows them by name.
 """
 
 from __future__ import annotations

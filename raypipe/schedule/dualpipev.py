@@ -18,8 +18,9 @@ def dualpipev(stages: int, microbatches: int) -> Programs:
 
     The steady state is pairs of a forward and a whole backward of the other half. Backwards are split in the warm-up
     and in the cool-down only, where another stage waits. Where a pair runs as one in the time of F&B, about
-    (p/2-1)(F&B+B-3W) of a stage's time is idle. Every stage holds min(2m, 2p+1) chunks' activations at its peak, those
-    of p + 1/2 whole stages.
+    (p/2-1)(F&B+B-3W) of a stage's time is idle. One after the other, with m at least 2p and F = I = W, a step takes
+    (p-1)F/2 longer than a stage's work (F of a whole stage). Every stage holds 2p+1 chunks' activations at its peak,
+    those of p + 1/2 whole stages; with fewer microbatches at most min(2m, 2p+1).
 
     Args:
         stages: p, at least 1.

@@ -1,7 +1,7 @@
 """Looped breadth-first: GPipe with several chunks a stage; all microbatches go through a chunk before the next one.
 
-Source: Lamy-Poirier, "Breadth-First Pipeline Parallelism", 2022. The backwards run in microbatch order here, as in every
-schedule of raypipe, so that gradients are summed in one order.
+Source: Lamy-Poirier, "Breadth-First Pipeline Parallelism", 2022. The backwards run in microbatch order here, as in
+every schedule of raypipe, so that gradients are summed in one order.
 """
 
 from __future__ import annotations

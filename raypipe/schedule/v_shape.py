@@ -1,7 +1,7 @@
 """The V: two chunks a stage, down the stages and up again, so that stage 0 holds the first chunk and the last.
 
-Stage r of p holds chunk r, its half 0, and chunk 2p-1-r, its half 1. The last stage hands its first half's output to its
-own second half, and the loss is on stage 0.
+Stage r of p holds chunk r, its half 0, and chunk 2p-1-r, its half 1. The last stage hands its first half's output to
+its own second half, and the loss is on stage 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def program_of(steps: Iterable[str], stage: int, stages: int, microbatches: int)
     """
     counts: Counter[tuple[str, str]] = Counter()
     program = []
-    for op, half in steps:
+    for step in steps:
+        op, half = step[0], step[1]
         microbatch = counts["I" if op == "B" else op, half]
         for counted in "IW" if op == "B" else op:
             counts[counted, half] += 1

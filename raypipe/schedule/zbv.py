@@ -16,8 +16,8 @@ def zbv(stages: int, microbatches: int) -> Programs:
     """The programs of ZB-V: stage r holds chunks r and 2p-1-r.
 
     With p stages and m microbatches, at least 2p-1, no stage idles between its first and its last action where
-    F = I = W. A step takes (p-1)F/2 longer than a stage's work. Every stage holds min(2m, 2p) chunks' activations at
-    its peak, those of p whole stages.
+    F = I = W. A step takes (p-1)F/2 longer than a stage's work (F of a whole stage). Every stage holds 2p chunks'
+    activations at its peak, those of p whole stages; with fewer microbatches at most min(2m, 2p).
 
     Args:
         stages: p, at least 1.
