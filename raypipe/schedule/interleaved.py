@@ -16,10 +16,10 @@ __all__ = ["interleaved_1f1b", "largest_round", "turns"]
 def interleaved_1f1b(stages: int, microbatches: int, chunks: int = 2) -> Programs:
     """The programs of interleaved 1F1B: stage r holds chunks r, p+r, 2p+r and so on.
 
-    With p stages, v chunks a stage and m microbatches, a multiple of p, of equal cost, (p-1)(F+B)/v of each stage's
-    time is idle (F and B are a whole stage's), for v times the messages of 1F1B. Stage r holds min(vm, (v-1)g +
-    2(p-1-r) + 1) chunks' activations at its peak, where g is ``largest_round(p, m)``: p + (p-1)/v whole stages on stage
-    0 where g = p.
+    With p stages, v chunks a stage and m microbatches of equal cost, at least p, (p-1)(F+B)/v of each stage's time is
+    idle (F and B are a whole stage's), for v times the messages of 1F1B. Stage r holds min(vm, (v-1)g + 2(p-1-r) + 1)
+    chunks' activations at its peak, where g is ``largest_round(p, m)``: those of p + (p-1)/v whole stages on stage 0
+    where g = p.
 
     Args:
         stages: p, at least 1.

@@ -16,9 +16,9 @@ __all__ = ["interleaved_zb"]
 def interleaved_zb(stages: int, microbatches: int, chunks: int = 2) -> Programs:
     """The programs of interleaved zero-bubble: stage r holds chunks r, p+r, 2p+r and so on.
 
-    With p stages, v chunks a stage and m microbatches, a multiple of p, (p-1)(F+I-W)/v of each stage's time is idle
-    where F = I = W (a whole stage's). Every stage holds min(vm, (v-1)g + p) chunks' activations at its peak, where g is
-    ``largest_round(p, m)``: p whole stages where g = p.
+    With p stages, v chunks a stage and m microbatches, at least p, (p-1)(F+I-W)/v of each stage's time is idle where W
+    is at most F and I (those of a whole stage). Every stage holds min(vm, (v-1)g + p) chunks' activations at its peak,
+    where g is ``largest_round(p, m)``: those of p whole stages where g = p.
 
     Args:
         stages: p, at least 1.

@@ -14,8 +14,8 @@ __all__ = ["zb_h1", "zb_h2"]
 def zb_h1(stages: int, microbatches: int) -> Programs:
     """The programs of ZB-H1, which holds what 1F1B's first stage holds.
 
-    With p stages and m microbatches, at least p, a stage idles (p-1)(F+I-W) between its first action and the step's
-    end where F = I = W, a third of 1F1B's; every stage holds the activations of min(m, p) microbatches at its peak.
+    With p stages and m microbatches, at least p, (p-1)(F+I-W) of a stage's time is idle where W is at most F and I: a
+    third of 1F1B's where they are equal. Every stage holds the activations of min(m, p) microbatches at its peak.
 
     Args:
         stages: p, at least 1.
@@ -30,10 +30,10 @@ def zb_h1(stages: int, microbatches: int) -> Programs:
 def zb_h2(stages: int, microbatches: int) -> Programs:
     """The programs of ZB-H2, which fills the warm-up with forwards and the cool-down with weight gradients.
 
-    With p stages and m microbatches, at least 2p-1, no stage idles between its first and its last action where
-    F = I = W: (p-1)(F+I-2W) is nothing. The start and the end are a parallelogram, so a step still takes p-1 forwards
-    longer than a stage's work, time that only work of the next step can fill. Every stage holds the activations of
-    min(m, 2p-1) microbatches at its peak.
+    With p stages and m microbatches, at least 2p-1, a stage idles at most (p-1)(F+I-2W) between its first and its last
+    action where W is at most F and I: not at all where they are equal. The stages start one after another and end so
+    too, and a step takes (p-1)F longer than that, time that only the next step's work can fill. Every stage holds the
+    activations of min(m, 2p-1) microbatches at its peak.
 
     Args:
         stages: p, at least 1.
