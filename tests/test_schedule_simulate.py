@@ -20,7 +20,7 @@ def test_known_makespans(name: str, stages: int, microbatches: int, makespan: fl
     assert build(name, stages, microbatches).simulate().makespan == makespan
 
 
-@given(st.sampled_from(names()), sizes, sizes, quarters, quarters)
+@given(st.sampled_from(["gpipe", "1f1b"]), sizes, sizes, quarters, quarters)
 def test_closed_form_of_makespan_and_bubble(
     name: str, stages: int, microbatches: int, forward: float, backward: float
 ) -> None:

@@ -1,27 +1,37 @@
 from __future__ import annotations
 
-from raypipe.schedule import Action, Schedule
+import pytest
+
+from raypipe.schedule import Action, Op, Schedule
 from raypipe.schedule.squeeze import squeeze
+
+F, I, W = Op.FORWARD, Op.INPUT, Op.WEIGHT
 
 
 def row(*cells: str) -> dict[int, Action]:
     return {slot: Action.parse(cell) for slot, cell in enumerate(cells) if cell != "."}
 
 
-def text(row_: dict[int, Action], most: int) -> str:
-    return " ".join(map(str, squeeze([row_], most)[0]))
+def three(chunk: int, *slots: int) -> dict[int, Action]:
+    """F, I and W of three microbatches: those of the first in ``slots``, of each next one ten slots later."""
+    return {slot + 10 * k: Action(chunk, op, k) for slot, op in zip(slots, (F, I, W), strict=True) for k in range(3)}
 
 
-LOOSE = row("0F0", ".", ".", "0I0", "0F1", "0W0", ".", ".", "0F2", "0I1", "0W1", "0I2", "0W2")
+LOOSE = [three(0, 0, 7, 8), three(1, 3, 5, 6)]
 
 
-def test_a_forward_moves_up_to_the_limit() -> None:
-    assert text(LOOSE, 2) == "0F0 0I0 0F1 0W0 0I1 0F2 0W1 0I2 0W2"
-    assert Schedule("squeezed", squeeze([LOOSE], 2), 3).simulate().peak_in_flight == (2,)
-
-
-def test_with_more_room_it_moves_further() -> None:
-    assert text(LOOSE, 3) == "0F0 0I0 0F1 0F2 0W0 0I1 0W1 0I2 0W2"
+@pytest.mark.parametrize(
+    ("most", "first"),
+    [
+        (1, "0F0 0I0 0W0 0F1 0I1 0W1 0F2 0I2 0W2"),
+        (2, "0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2"),
+        (3, "0F0 0F1 0F2 0I0 0W0 0I1 0W1 0I2 0W2"),
+    ],
+)
+def test_forwards_move_up_to_the_limit(most: int, first: str) -> None:
+    programs = squeeze(LOOSE, most)
+    assert " ".join(map(str, programs[0])) == first
+    assert max(Schedule("squeezed", programs, 3).simulate().peak_in_flight) == most
 
 
 def test_nothing_moves_before_what_it_waits_for() -> None:
@@ -37,4 +47,4 @@ def test_nothing_moves_before_what_it_waits_for() -> None:
 
 def test_what_is_tight_stays() -> None:
     tight = row("0F0", "0I0", "0W0", "0F1", "0I1", "0W1")
-    assert text(tight, 1) == " ".join(map(str, tight.values()))
+    assert squeeze([tight], 1) == (tuple(tight.values()),)

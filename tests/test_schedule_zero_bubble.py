@@ -47,7 +47,7 @@ def test_the_bubble_of_zb_h2(stages: int, microbatches: int, weight: int, forwar
     forward, input = forward + weight, input + weight
     schedule = build("zb_h2", stages, microbatches + 2 * stages - 2)
     assert idle_between(schedule, forward, input, weight) <= (stages - 1) * (forward + input - 2 * weight)
-    assert extra(schedule, forward, input, weight) == (stages - 1) * (2 * forward + input - 2 * weight)
+    assert extra(schedule, forward, input, weight) <= (stages - 1) * (2 * forward + input - 2 * weight)
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 1), (2, 3), (4, 8), (8, 32)])

@@ -17,9 +17,9 @@ def interleaved_1f1b(stages: int, microbatches: int, chunks: int = 2) -> Program
     """The programs of interleaved 1F1B: stage r holds chunks r, p+r, 2p+r and so on.
 
     With p stages, v chunks a stage and m microbatches of equal cost, at least p, (p-1)(F+B)/v of each stage's time is
-    idle (F and B are a whole stage's), for v times the messages of 1F1B. Stage r holds min(vm, (v-1)g + 2(p-1-r) + 1)
-    chunks' activations at its peak, where g is ``largest_round(p, m)``: those of p + (p-1)/v whole stages on stage 0
-    where g = p.
+    idle (F and B are a whole stage's), for v times the messages of 1F1B. With v above 1 stage r holds
+    min(vm, (v-1)g + 2(p-1-r) + 1) chunks' activations at its peak, where g is ``largest_round(p, m)``: those of
+    p + (p-1)/v whole stages on stage 0 where g = p.
 
     Args:
         stages: p, at least 1.
@@ -71,8 +71,9 @@ def _rounds(stages: int, microbatches: int) -> Iterator[range]:
 def _program(stage: int, stages: int, microbatches: int, chunks: int) -> tuple[Action, ...]:
     forwards = turns(stage, stages, microbatches, chunks, Op.FORWARD)
     backwards = turns(stage, stages, microbatches, chunks, Op.BACKWARD)
-    # Each hop to the last stage and back takes a forward and a backward, during which this stage starts two more.
-    num_warmup = (chunks - 1) * largest_round(stages, microbatches) + 2 * (stages - 1 - stage)
+    # A hop to the next stage and back takes two turns. With one chunk the second turn is idle, so its forward can wait.
+    hop = 2 if chunks > 1 else 1
+    num_warmup = (chunks - 1) * largest_round(stages, microbatches) + hop * (stages - 1 - stage)
     num_warmup = min(num_warmup, len(forwards))
 
     warmup = forwards[:num_warmup]

@@ -32,7 +32,7 @@ def zb_h2(stages: int, microbatches: int) -> Programs:
 
     With p stages and m microbatches, at least 2p-1, a stage idles at most (p-1)(F+I-2W) between its first and its last
     action where W is at most F and I: not at all where they are equal. The stages start one after another and end so
-    too, and a step takes (p-1)F longer than that, time that only the next step's work can fill. Every stage holds the
+    too: a step takes up to (p-1)F longer than that, time that only the next step's work can fill. Every stage holds the
     activations of min(m, 2p-1) microbatches at its peak.
 
     Args:
