@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .schedule import Schedule, build, draw_programs, draw_spans, names
+from .schedule import Costs, Schedule, build, draw_programs, draw_spans, names
 
 __all__ = ["main"]
 
@@ -58,19 +58,24 @@ def main(context: click.Context) -> None:
 @click.argument("name")
 @click.option("--stages", type=int, required=True, metavar="P", help="Pipeline stages.")
 @click.option("--microbatches", type=int, required=True, metavar="M", help="Microbatches a step.")
+@click.option(
+    "--chunks", type=int, metavar="V", help="Chunks a stage, where the schedule interleaves; else leave it out."
+)
 @click.option("--csv", "as_csv", is_flag=True, help="Print the CSV of torch.distributed.pipelining instead.")
-def schedule(name: str, stages: int, microbatches: int, as_csv: bool) -> None:
+def schedule(name: str, stages: int, microbatches: int, chunks: int | None, as_csv: bool) -> None:
     """Draw the schedule NAME, with its bubble and each stage's peak of microbatches in flight.
 
-    Times are simulated: a forward takes 1, a backward 2, a message nothing.
+    Times are simulated: a stage's forward takes 1, its backward 2 (1 for each of its halves), a message nothing. Chunks
+    share their stage's time; in flight, a microbatch counts once for each chunk that holds it.
 
     \b
     Example:
       raypipe schedule 1f1b --stages 4 --microbatches 8
+      raypipe schedule interleaved_1f1b --stages 4 --microbatches 8 --chunks 3
       raypipe schedule gpipe --stages 2 --microbatches 4 --csv > gpipe.csv
     """
     try:
-        built = build(name, stages, microbatches)
+        built = build(name, stages, microbatches, chunks)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     click.echo(built.to_csv() if as_csv else _describe(built), nl=not as_csv)
@@ -78,7 +83,8 @@ def schedule(name: str, stages: int, microbatches: int, as_csv: bool) -> None:
 
 def _describe(schedule: Schedule) -> str:
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), _MAX_WIDTH)
-    found = schedule.simulate()
+    share = schedule.stages / schedule.chunks
+    found = schedule.simulate(Costs(forward=share, backward=2 * share, input=share, weight=share))
     # click drops the colours where the output is no terminal.
     grid = draw_programs(schedule.programs, width=width, color=True)
     timeline = draw_spans(

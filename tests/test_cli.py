@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from raypipe.cli import main
-from raypipe.schedule import Schedule, build
+from raypipe.schedule import Schedule, build, names
 
 
 def run(*arguments: str, columns: int = 100) -> Result:
@@ -24,6 +24,15 @@ def test_schedule_draws_grid_timeline_and_numbers() -> None:
     assert peaks == [["0", "4", "27.3%"], ["1", "3", "27.3%"], ["2", "2", "27.3%"], ["3", "1", "27.3%"]]
     assert result.stdout.endswith("makespan 33, bubble 27.3%\n")
     assert "\x1b" not in result.stdout
+
+
+def test_schedule_takes_chunks_which_share_their_stages_time() -> None:
+    result = run("schedule", "interleaved_1f1b", "--stages", "4", "--microbatches", "8")
+    assert result.stdout.startswith("interleaved_1f1b: 4 stages, 8 chunks, 8 microbatches\n")
+    assert result.stdout.endswith("makespan 28.5, bubble 15.8%\n")
+    result = run("schedule", "interleaved_1f1b", "--stages", "4", "--microbatches", "8", "--chunks", "3")
+    assert result.stdout.startswith("interleaved_1f1b: 4 stages, 12 chunks, 8 microbatches\n")
+    assert result.stdout.endswith("makespan 27, bubble 11.1%\n")
 
 
 def test_schedule_fits_the_terminal() -> None:
@@ -47,7 +56,11 @@ def test_schedule_prints_torchs_csv_and_nothing_else() -> None:
         (("schedule", "gpipe", "--stages", "0", "--microbatches", "2"), "stages is 0, but it must be at least 1"),
         (("schedule", "gpipe", "--stages", "two", "--microbatches", "2"), "'two' is not a valid integer"),
         (("schedule", "gpipe", "--stages", "2"), "Missing option '--microbatches'"),
-        (("schedule", "gpipe", "--stages", "2", "--microbatches", "2", "--chunk"), "No such option"),
+        (("schedule", "gpipe", "--stages", "2", "--microbatches", "2", "--chunky"), "No such option"),
+        (
+            ("schedule", "zbv", "--stages", "2", "--microbatches", "2", "--chunks", "3"),
+            "chunks is 3, but the schedule 'zbv' holds two chunks a stage; leave chunks out",
+        ),
         (("schedules",), "No such command 'schedules'"),
     ],
 )
@@ -65,6 +78,11 @@ def test_help_shows_an_example(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0
     assert "raypipe schedule 1f1b --stages 4 --microbatches 8" in result.stdout
+
+
+def test_help_lists_every_schedule() -> None:
+    text = " ".join(run("schedule", "--help").stdout.split())
+    assert f"Schedules: {', '.join(names())}." in text
 
 
 def test_schedule_loads_neither_torch_nor_ray() -> None:

@@ -80,12 +80,9 @@ def test_no_stage_holds_more_than_is_said(schedule: Schedule) -> None:
 
 
 @given(schedules())
-def test_a_step_takes_at_least_the_work_and_the_way_and_at_most_the_microbatches_one_by_one(schedule: Schedule) -> None:
-    p, m, v = schedule.stages, schedule.microbatches, schedule.chunks // schedule.stages
-    made = whole(schedule).makespan
-    way = 3 * p if m == 1 and not any(a.op is Op.INPUT for a in schedule.programs[0]) else 0
-    assert made >= max(3 * m + (p - 1) / v - 1e-9, way - 1e-9)
-    assert made <= 3 * m * p + 1e-9
+def test_none_beats_the_way_to_the_last_stage_and_none_is_slower_than_gpipe(schedule: Schedule) -> None:
+    p, v = schedule.stages, schedule.chunks // schedule.stages
+    assert (p - 1) / v - 1e-9 <= extra(schedule) <= 3 * (p - 1) + 1e-9
 
 
 TABLE = {
@@ -119,7 +116,10 @@ def test_any_number_of_microbatches_will_do(name: str, stages: int, microbatches
     assert build(name, stages, microbatches).microbatches == microbatches
 
 
-KNOWN = "choose one of 1f1b, dualpipev, gpipe, interleaved_1f1b, interleaved_zb, looped_bfs, v_half, v_min, zb_h1, zb_h2, zbv"
+KNOWN = (
+    "choose one of 1f1b, dualpipev, gpipe, interleaved_1f1b, interleaved_zb, looped_bfs, v_half, v_min, zb_h1, zb_h2, "
+    "zbv"
+)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,11 @@ def test_what_is_written_is_read(name: str, stages: int, microbatches: int) -> N
 
 @given(st.sampled_from(names()), st.integers(1, 8), st.integers(1, 8))
 def test_torch_finds_what_is_written_valid(name: str, stages: int, microbatches: int) -> None:
-    rows = csv.reader(io.StringIO(build(name, stages, microbatches).to_csv()))
+    schedule = build(name, stages, microbatches)
+    rows = csv.reader(io.StringIO(schedule.to_csv()))
     order = {rank: [_Action.from_str(cell) for cell in row] for rank, row in enumerate(rows)}
-    assert _validate_schedule(order, stages, stages, microbatches) == {stage: stage for stage in range(stages)}
+    found = _validate_schedule(order, stages, schedule.chunks, microbatches)
+    assert found == dict(enumerate(schedule.placement))
 
 
 def test_torch_draws_what_is_written() -> None:
@@ -55,16 +57,17 @@ def test_torch_draws_what_is_written() -> None:
 @pytest.mark.parametrize("name", names())
 def test_torchs_runtime_loads_what_is_written(name: str, tmp_path: Path) -> None:
     path = tmp_path / "schedule.csv"
-    path.write_text(build(name, 3, 5).to_csv())
+    schedule = build(name, 3, 5)
+    path.write_text(schedule.to_csv())
     stage = mock.create_autospec(PipelineStage, instance=True)
-    stage.group_rank, stage.group_size, stage.num_stages, stage.submod = 0, 3, 3, None
-    runtime = _PipelineScheduleRuntime([stage], 5)
+    stage.group_rank, stage.group_size, stage.num_stages, stage.submod = 0, 3, schedule.chunks, None
+    runtime = _PipelineScheduleRuntime([stage] * (schedule.chunks // 3), 5)
     runtime._load_csv(str(path), format="compute_only")
     computed = [
         [str(a) for a in runtime.pipeline_order_with_comms[rank] if a is not None and a.is_compute_op]
         for rank in range(3)
     ]
-    assert computed == [[str(action) for action in program] for program in build(name, 3, 5).programs]
+    assert computed == [[str(action) for action in program] for program in schedule.programs]
 
 
 @pytest.mark.parametrize("with_comms", [False, True])

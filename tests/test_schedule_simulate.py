@@ -95,7 +95,8 @@ def test_nothing_starts_before_its_message_or_its_turn(
     for span in found.spans:
         before = by_stage[span.stage][-1:]
         need = needed_by(span.action, schedule.chunks)
-        earliest = [other.end for other in before] + ([] if need is None else [givers[need].end + latency])
+        way = latency if need is not None and givers[need].stage != span.stage else 0.0
+        earliest = [other.end for other in before] + ([] if need is None else [givers[need].end + way])
         assert span.start == max(earliest, default=0.0)
         by_stage[span.stage].append(span)
     assert tuple(tuple(span.action for span in by_stage[stage]) for stage in range(stages)) == schedule.programs

@@ -5,7 +5,7 @@ import pytest
 from raypipe.schedule import Action, Op, Schedule
 from raypipe.schedule.squeeze import squeeze
 
-F, I, W = Op.FORWARD, Op.INPUT, Op.WEIGHT
+OPS = (Op.FORWARD, Op.INPUT, Op.WEIGHT)
 
 
 def row(*cells: str) -> dict[int, Action]:
@@ -14,7 +14,7 @@ def row(*cells: str) -> dict[int, Action]:
 
 def three(chunk: int, *slots: int) -> dict[int, Action]:
     """F, I and W of three microbatches: those of the first in ``slots``, of each next one ten slots later."""
-    return {slot + 10 * k: Action(chunk, op, k) for slot, op in zip(slots, (F, I, W), strict=True) for k in range(3)}
+    return {slot + 10 * k: Action(chunk, op, k) for slot, op in zip(slots, OPS, strict=True) for k in range(3)}
 
 
 LOOSE = [three(0, 0, 7, 8), three(1, 3, 5, 6)]

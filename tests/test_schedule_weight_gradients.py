@@ -23,6 +23,6 @@ def test_none_behind_is_a_whole_backward_in_two() -> None:
 
 @given(count=st.integers(1, 20), num_warmup=st.integers(1, 30), behind=st.integers(0, 30))
 def test_all_is_computed_and_as_much_is_in_flight_as_is_said(count: int, num_warmup: int, behind: int) -> None:
-    schedule = Schedule("alone", [program(count, num_warmup, behind)], count)
+    schedule = Schedule("alone", (program(count, num_warmup, behind),), count)
     assert schedule.simulate().peak_in_flight == (min(count, num_warmup + behind),)
     assert len(schedule.programs[0]) == 3 * count
