@@ -5,6 +5,7 @@ import pytest
 from raypipe.schedule import Action, Op, Schedule
 from raypipe.schedule.squeeze import squeeze
 
+NONE = range(0)
 OPS = (Op.FORWARD, Op.INPUT, Op.WEIGHT)
 
 
@@ -29,7 +30,7 @@ LOOSE = [three(0, 0, 7, 8), three(1, 3, 5, 6)]
     ],
 )
 def test_forwards_move_up_to_the_limit(most: int, first: str) -> None:
-    programs = squeeze(LOOSE, most)
+    programs = squeeze(LOOSE, most, NONE)
     assert " ".join(map(str, programs[0])) == first
     assert max(Schedule("squeezed", programs, 3).simulate().peak_in_flight) == most
 
@@ -37,7 +38,7 @@ def test_forwards_move_up_to_the_limit(most: int, first: str) -> None:
 def test_nothing_moves_before_what_it_waits_for() -> None:
     first = row("0F0", ".", ".", ".", ".", ".", "0I0", "0W0")
     second = row(".", ".", "1F0", ".", "1I0", "1W0")
-    programs = squeeze([first, second], 1)
+    programs = squeeze([first, second], 1, NONE)
     assert [" ".join(map(str, program)) for program in programs] == ["0F0 0I0 0W0", "1F0 1I0 1W0"]
     assert str(Schedule("squeezed", programs, 1)).splitlines()[1:] == [
         "stage 0 |0F0 .   .   0I0 0W0",
@@ -47,4 +48,10 @@ def test_nothing_moves_before_what_it_waits_for() -> None:
 
 def test_what_is_tight_stays() -> None:
     tight = row("0F0", "0I0", "0W0", "0F1", "0I1", "0W1")
-    assert squeeze([tight], 1) == (tuple(tight.values()),)
+    assert squeeze([tight], 1, NONE) == (tuple(tight.values()),)
+
+
+def test_the_steady_state_stays() -> None:
+    loose = [three(0, 0, 7, 8), three(1, 3, 5, 6)]
+    programs = squeeze(loose, 3, range(10, 20))
+    assert " ".join(map(str, programs[0])) == "0F0 0I0 0W0 0F1 0F2 0I1 0W1 0I2 0W2"

@@ -15,8 +15,8 @@ from .dry_run import Message, given_by, needed_by
 __all__ = ["squeeze"]
 
 
-def squeeze(rows: Sequence[Mapping[int, Action]], most: int) -> Programs:
-    """The programs of ``rows``, whose actions moved to the earliest slot that is free and allowed.
+def squeeze(rows: Sequence[Mapping[int, Action]], most: int, steady: range) -> Programs:
+    """The programs of ``rows``, their actions outside of ``steady`` moved to the earliest slot that is free and allowed.
 
     An action stays behind what it waits for and behind the one before it of its chunk and kind, and a forward moves
     only as far as no more than ``most`` chunks' activations are in flight. Its own slot is always free and allowed.
@@ -24,6 +24,8 @@ def squeeze(rows: Sequence[Mapping[int, Action]], most: int) -> Programs:
     Args:
         rows: for each stage its actions by time slot, each in a later slot than what it waits for.
         most: chunks' activations in flight on a stage; as many as ``rows`` hold, or more.
+        steady: slots whose actions stay. Elsewhere idle time has no cost, but another order in the steady state can: it
+            may have no gaps only while all actions take the same time.
     """
     chunks = 1 + max(action.chunk for row in rows for action in row.values())
     new_rows = [_Row(row, most) for row in rows]
@@ -33,7 +35,8 @@ def squeeze(rows: Sequence[Mapping[int, Action]], most: int) -> Programs:
         action = rows[stage][slot]
         after = [there[message] for message in _waits_for(action, chunks)]
         kind = action.chunk, action.op
-        last[kind] = new_rows[stage].place(action, max([*after, last.get(kind, -1)]) + 1, slot)
+        first = slot if slot in steady else 1 + max([*after, last.get(kind, -1)])
+        last[kind] = new_rows[stage].place(action, first, slot)
         given = given_by(action)
         if given is not None:
             there[given] = last[kind]

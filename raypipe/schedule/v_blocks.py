@@ -26,7 +26,7 @@ def v_half(stages: int, microbatches: int) -> Programs:
 
     A stage holds at most 2 floor((p+2)/2) chunks' activations at its peak, those of about p/2 whole stages. With m at
     least p and F = I = W a step takes 7(p-1)/4 forwards of a whole stage longer than a stage's work where p is odd,
-    (7p-10)/4 where it is even; 1F1B takes 3(p-1).
+    (7p-10)/4 where it is even; 1F1B takes 3(p-1). No microbatch adds to that where W+2F >= 2I and W+2I >= 2F.
 
     Args:
         stages: p, at least 1.
@@ -45,7 +45,7 @@ def v_min(stages: int, microbatches: int) -> Programs:
 
     A stage holds at most 2 floor((p+4)/3) chunks' activations at its peak, those of about p/3 whole stages. With m at
     least p, p above 1 and F = I = W a step takes at most 2p - 5/2 forwards of a whole stage longer than a stage's work.
-    Where F, I and W differ it idles more: its stages then wait for each other at every microbatch.
+    Where F, I and W differ its stages wait for each other at every microbatch.
 
     Args:
         stages: p, at least 1.
@@ -70,7 +70,9 @@ def _programs(blocks: list[tuple[int, int, int, int]], microbatches: int, most: 
             # The delays above are such that no two of a stage's slots are equal modulo the period.
             row |= {first + _PERIOD * number: Action(chunk, op, number) for number in range(microbatches)}
         rows.append(_with_weights(row))
-    return squeeze(rows, most)
+    # As in the source: steady from stage 0's first I0 to its last F0.
+    steady = range(blocks[0][3], blocks[0][0] + _PERIOD * (microbatches - 1) + 1)
+    return squeeze(rows, most, steady)
 
 
 def _with_weights(row: dict[int, Action]) -> dict[int, Action]:
