@@ -16,7 +16,7 @@ __all__ = ["squeeze"]
 
 
 def squeeze(rows: Sequence[Mapping[int, Action]], most: int, steady: range) -> Programs:
-    """The programs of ``rows``, their actions outside of ``steady`` moved to the earliest slot that is free and allowed.
+    """The programs of ``rows``, with what is outside of ``steady`` in the earliest slot that is free and allowed.
 
     An action stays behind what it waits for and behind the one before it of its chunk and kind, and a forward moves
     only as far as no more than ``most`` chunks' activations are in flight. Its own slot is always free and allowed.
