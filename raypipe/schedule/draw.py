@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .action import Action, Op, Programs
 from .dry_run import dry_run
-from .simulate import Span
+from .span import Span
 
 __all__ = ["draw_programs", "draw_spans"]
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from .action import Action, Op, Programs
 
-__all__ = ["DryRun", "Message", "Step", "dry_run", "given_by", "needed_by"]
+__all__ = ["DryRun", "Message", "Numbered", "Step", "dry_run", "given_by", "needed_by", "number_messages"]
 
 
 class Message(NamedTuple):
@@ -71,14 +71,59 @@ def given_by(action: Action) -> Message | None:
     return None
 
 
+class Numbered(NamedTuple):
+    """The messages of all programs as numbers, which are faster to look up; -1 stands for none.
+
+    Attributes:
+        needs: for each stage and position what the action there waits for.
+        gives: what is there once it has run.
+        microbatches: how many numbers a chunk's activations, or its gradients, take.
+    """
+
+    needs: list[list[int]]
+    gives: list[list[int]]
+    microbatches: int
+
+    def message(self, number: int) -> Message:
+        """The message of a number that is not -1."""
+        place, gradient = divmod(number, 2)
+        return Message(*divmod(place, self.microbatches), gradient == 1)
+
+
+def number_messages(programs: Programs) -> Numbered:
+    """What each action needs and gives, by the rule above."""
+    chunks = 1 + max((action.chunk for program in programs for action in program), default=0)
+    microbatches = 1 + max((action.microbatch for program in programs for action in program), default=0)
+    forward, backward, inputs = Op.FORWARD, Op.BACKWARD, Op.INPUT  # an enum's members are slow to look up
+    last, row = chunks - 1, 2 * microbatches
+    needs: list[list[int]] = []
+    gives: list[list[int]] = []
+    for program in programs:
+        need, give = [-1] * len(program), [-1] * len(program)
+        for position, action in enumerate(program):
+            op, chunk = action.op, action.chunk
+            number = chunk * row + 2 * action.microbatch
+            if op is forward:
+                give[position] = number
+                if chunk > 0:
+                    need[position] = number - row
+            elif op is backward or op is inputs:
+                give[position] = number + 1
+                if chunk < last:
+                    need[position] = number + row + 1
+        needs.append(need)
+        gives.append(give)
+    return Numbered(needs, gives, microbatches)
+
+
 def dry_run(programs: Programs) -> DryRun:
     """Runs the programs in time slots: in each slot every stage that need not wait runs one action.
 
     Deterministic, and linear in the number of actions. Any programs will do, wrong ones too.
     """
-    chunks = 1 + max((action.chunk for program in programs for action in program), default=0)
-    there: set[Message] = set()
-    waiting: defaultdict[Message, list[int]] = defaultdict(list)
+    numbered = number_messages(programs)
+    there = {-1}  # what waits for nothing
+    waiting: defaultdict[int, list[int]] = defaultdict(list)
     position = [0] * len(programs)
     steps: list[Step] = []
     candidates = list(range(len(programs)))
@@ -86,22 +131,24 @@ def dry_run(programs: Programs) -> DryRun:
     while candidates:
         ready: list[int] = []
         for stage in sorted(candidates):
-            if position[stage] == len(programs[stage]):
+            at, needs = position[stage], numbered.needs[stage]
+            if at == len(needs):
                 continue
-            need = needed_by(programs[stage][position[stage]], chunks)
-            if need is None or need in there:
+            if needs[at] in there:
                 ready.append(stage)
             else:
-                waiting[need].append(stage)
+                waiting[needs[at]].append(stage)
         # What is given in this slot can be taken in the next one: all of it runs before anybody is woken.
-        candidates = list(ready)
+        candidates = ready.copy()
         for stage in ready:
-            steps.append(Step(slot, stage, position[stage]))
-            give = given_by(programs[stage][position[stage]])
-            position[stage] += 1
-            if give is not None:
+            at = position[stage]
+            position[stage] = at + 1
+            steps.append(Step(slot, stage, at))
+            give = numbered.gives[stage][at]
+            if give >= 0:
                 there.add(give)
-                candidates += waiting.pop(give, ())
+                if give in waiting:
+                    candidates += waiting.pop(give)
         slot += 1
     blocked = {stage: at for stage, at in enumerate(position) if at < len(programs[stage])}
     return DryRun(tuple(steps), blocked)

@@ -7,10 +7,11 @@ from functools import cached_property
 
 from .action import Action, Op, Programs
 from .check import check, check_count
+from .costs import Costs
 from .csv import read_csv, write_csv
 from .draw import draw_programs
 from .dry_run import dry_run
-from .simulate import Costs, Simulation, simulate
+from .simulate import Simulation, simulate
 
 __all__ = ["Schedule"]
 

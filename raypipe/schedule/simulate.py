@@ -1,75 +1,20 @@
-"""A schedule played against costs: when each action runs, how much is idle, what is alive at the peak."""
+"""A schedule played against costs: when each action runs, how much is idle, what is alive at the peak, and why."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from numbers import Real
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .action import Action, Op, Programs
-from .dry_run import Message, dry_run, given_by, needed_by
+from .costs import Costs
+from .critical_path import Link, Sent, critical_path
+from .dry_run import Message, dry_run, number_messages
+from .memory import peak_bytes, peak_in_flight
+from .span import Span
 
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-__all__ = ["Costs", "Simulation", "Span", "simulate"]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """How long actions and messages take, all in one unit of the caller's choice.
-
-    Raises:
-        TypeError: a cost that is neither a number nor a tuple of numbers (``latency``: no number).
-        ValueError: a cost that is negative or not finite.
-    """
-
-    forward: float | tuple[float, ...] = 1.0
-    """A forward: of every chunk, or a tuple with one number for each chunk. So the next three."""
-    backward: float | tuple[float, ...] = 2.0
-    """A whole backward (B)."""
-    input: float | tuple[float, ...] = 1.0
-    """A backward's input gradient alone (I)."""
-    weight: float | tuple[float, ...] = 1.0
-    """A backward's weight gradient alone (W)."""
-    latency: float = 0.0
-    """Added to each message between two stages; a stage's message to itself is free."""
-
-    def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            numbers = value if isinstance(value, tuple) and name != "latency" else (value,)
-            if not all(isinstance(number, Real) for number in numbers):
-                allowed = "a number" if name == "latency" else "a number, or a tuple with one for each chunk"
-                raise TypeError(f"the cost {name} is {value!r}, but it must be {allowed}")
-            if not all(math.isfinite(number) and number >= 0 for number in numbers):
-                raise ValueError(f"the cost {name} is {value!r}, but costs are finite and not negative")
-
-    def table(self, chunks: int) -> dict[Op, tuple[float, ...]]:
-        """For each computing operation its cost on each of ``chunks`` chunks.
-
-        Raises:
-            ValueError: a tuple whose length is not ``chunks``.
-        """
-        given = {Op.FORWARD: self.forward, Op.BACKWARD: self.backward, Op.INPUT: self.input, Op.WEIGHT: self.weight}
-        for op, cost in given.items():
-            if isinstance(cost, tuple) and len(cost) != chunks:
-                raise ValueError(
-                    f"the cost {op.name.lower()} has {len(cost)} numbers, but there are {chunks} chunks; give one each"
-                )
-        return {op: cost if isinstance(cost, tuple) else (cost,) * chunks for op, cost in given.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """An action on a stage from ``start`` to ``end``, planned or measured."""
-
-    stage: int
-    action: Action
-    start: float
-    end: float
+__all__ = ["Simulation", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -85,69 +30,111 @@ class Simulation:
     peak_in_flight: tuple[int, ...]
     """For each stage, the most microbatches at one time whose forward has started and whose backward (W where it is
     apart) has not ended. A stage with several chunks counts a microbatch once for each chunk that holds it."""
+    peak_bytes: tuple[float, ...]
+    """For each stage, the most bytes that these microbatches keep at one time, by ``Costs.activation_bytes``."""
     spans: tuple[Span, ...]
     """All actions; those of one stage are in its order."""
+    critical_path: tuple[Link, ...]
+    """The actions, and the messages between them, that explain the makespan: the first starts at 0, each other one
+    when the one before it ends, and the last ends at the makespan. See critical_path.py."""
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
     """Plays ``schedule`` against ``costs``.
 
     A stage runs its program in order, each action as soon as the one before has ended and what it waits for is there.
-    Messages take no time of a stage. Linear in the number of actions.
+    Messages take no time of a stage. A channel, from one stage to one other, takes in one message at a time in the
+    sender's order, at its bandwidth; then the message is on its way for the latency. Linear in the number of actions.
 
     Args:
         schedule: any schedule; it has been checked, so it comes to its end.
         costs: how long things take; ``Costs()`` where none are given.
 
     Raises:
-        ValueError: costs by chunk whose number is not that of the chunks.
+        ValueError: costs by chunk or boundary whose number is not the schedule's, or a channel without costs.
     """
     costs = costs or Costs()
-    spans = tuple(_spans(schedule, costs))
-    makespan = max(span.end for span in spans)
-    busy = [0.0] * schedule.stages
-    for span in spans:
-        busy[span.stage] += span.end - span.start
-    stage_bubbles = tuple(max(0.0, 1.0 - time / makespan) if makespan else 0.0 for time in busy)
+    played = _Played(schedule, costs)
+    makespan = max(played.free)
+    stage_bubbles = tuple(max(0.0, 1.0 - time / makespan) if makespan else 0.0 for time in played.busy)
     return Simulation(
         makespan=makespan,
         bubble=sum(stage_bubbles) / schedule.stages,
         stage_bubbles=stage_bubbles,
-        peak_in_flight=_peaks(schedule.programs),
-        spans=spans,
+        peak_in_flight=peak_in_flight(schedule.programs),
+        peak_bytes=peak_bytes(schedule.programs, costs.kept(schedule.chunks), costs.input_share),
+        spans=tuple(played.spans),
+        critical_path=critical_path(
+            played.spans, played.previous, played.needs, played.sent, played.numbered.message
+        ),
     )
 
 
-def _spans(schedule: Schedule, costs: Costs) -> Iterator[Span]:
-    """The spans in the order of the dry run, in which whatever an action waits for comes before it."""
+class _Played:
+    """Every action in the order of the dry run, in which whatever it waits for comes before it."""
+
+    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+        self.spans: list[Span] = []
+        self.previous: list[int] = []
+        self.needs: list[int] = []
+        self.sent: dict[int, Sent] = {}
+        self.free = [0.0] * schedule.stages
+        self.busy = [0.0] * schedule.stages
+        self.numbered = number_messages(schedule.programs)
+        self._play(schedule, _seconds(schedule, costs), _Channels(schedule, costs, self.sent))
+
+    def _play(self, schedule: Schedule, seconds: list[list[float]], channels: _Channels) -> None:
+        last = [-1] * schedule.stages
+        free, sent = self.free, self.sent
+        for place, (_, stage, position) in enumerate(dry_run(schedule.programs).steps):
+            need, give = self.numbered.needs[stage][position], self.numbered.gives[stage][position]
+            start, time = free[stage], seconds[stage][position]
+            if need in sent and sent[need].end > start:
+                start = sent[need].end
+            free[stage] = end = start + time
+            self.busy[stage] += time
+            self.spans.append(Span(stage, schedule.programs[stage][position], start, end))
+            self.previous.append(last[stage])
+            self.needs.append(need)
+            last[stage] = place
+            if give >= 0:
+                channels.send(give, self.numbered.message(give), place, end)
+
+
+class _Channels:
+    """The channels between stages; each takes in one message at a time."""
+
+    def __init__(self, schedule: Schedule, costs: Costs, sent: dict[int, Sent]) -> None:
+        self._costs, self._placement, self._sent = costs, schedule.placement, sent
+        self._activations, self._gradients = costs.crossing(schedule.chunks)
+        self._costs_of: dict[tuple[int, int], tuple[float, float]] = {}
+        self._last: dict[tuple[int, int], int] = {}
+
+    def send(self, number: int, message: Message, giver: int, ready: float) -> None:
+        """Sends what was ready at ``ready`` to the stage that takes it, if that is another one."""
+        chunk, _, gradient = message
+        taker = chunk - 1 if gradient else chunk + 1
+        if not 0 <= taker < len(self._placement):
+            return
+        channel = self._placement[chunk], self._placement[taker]
+        if channel[0] == channel[1]:
+            return
+        if channel not in self._costs_of:
+            self._costs_of[channel] = self._costs.channel(*channel)
+        latency, bandwidth = self._costs_of[channel]
+        before = self._last.get(channel, -1)
+        start = ready if before < 0 else max(ready, self._sent[before].taken)
+        size = self._gradients[taker] if gradient else self._activations[chunk]
+        taken = start + size / bandwidth
+        self._sent[number] = Sent(giver, channel[1], start, taken, taken + latency, before)
+        self._last[channel] = number
+
+
+def _seconds(schedule: Schedule, costs: Costs) -> list[list[float]]:
+    """For each stage and position what the action there takes."""
     table = costs.table(schedule.chunks)
-    free = [0.0] * schedule.stages
-    given: dict[Message, tuple[int, float]] = {}
-    for _, stage, index in dry_run(schedule.programs).steps:
-        action = schedule.programs[stage][index]
-        start = free[stage]
-        need = needed_by(action, schedule.chunks)
-        if need is not None:
-            source, ended = given[need]
-            start = max(start, ended if source == stage else ended + costs.latency)
-        end = free[stage] = start + table[action.op][action.chunk]
-        give = given_by(action)
-        if give is not None:
-            given[give] = stage, end
-        yield Span(stage, action, start, end)
-
-
-def _peaks(programs: Programs) -> tuple[int, ...]:
-    # A stage runs one action at a time, so its peak follows from its order alone. Forward-only, nothing is kept.
-    peaks = []
-    for program in programs:
-        alive = peak = 0
-        keeps = any(action.op is not Op.FORWARD for action in program)
-        for action in program:
-            if action.op is Op.FORWARD:
-                alive = alive + 1 if keeps else 1
-                peak = max(peak, alive)
-            elif action.op is not Op.INPUT:
-                alive -= 1
-        peaks.append(peak)
-    return tuple(peaks)
+    pairs = tuple(table.items())  # an enum's members are slow to hash
+    return [
+        [next(by_chunk for op, by_chunk in pairs if op is action.op)[action.chunk] for action in program]
+        for program in schedule.programs
+    ]
