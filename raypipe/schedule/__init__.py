@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .action import Action, Op, Programs
 from .catalog import build, chunks_of, names
+from .choose import Choice, choose
 from .costs import Costs
 from .draw import draw_programs, draw_spans
 from .dualpipev import dualpipev
@@ -27,6 +28,7 @@ from .zero_bubble import zb_h1, zb_h2
 
 __all__ = [
     "Action",
+    "Choice",
     "Costs",
     "Op",
     "Programs",
@@ -35,6 +37,7 @@ __all__ = [
     "Span",
     "Transfer",
     "build",
+    "choose",
     "chunks_of",
     "draw_programs",
     "draw_spans",

@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from ..errors import ScheduleError
@@ -21,19 +23,52 @@ from .dry_run import dry_run, needed_by
 
 __all__ = ["check", "check_count"]
 
-_BEFORE = {Op.BACKWARD: Op.FORWARD, Op.INPUT: Op.FORWARD, Op.WEIGHT: Op.INPUT}
+_OPS = (Op.FORWARD, Op.BACKWARD, Op.INPUT, Op.WEIGHT)
+_KINDS = len(_OPS)
+_F, _B, _I, _W = range(_KINDS)
 
 
-class _Plan(NamedTuple):
+@dataclass(frozen=True)
+class _Plan:
     programs: Programs
     microbatches: int
     forward_only: bool
+
+    @cached_property
+    def numbers(self) -> list[list[int]]:
+        """Each action as a number, which is faster to look up: that of its chunk and microbatch, then its kind.
+
+        Only for programs whose content is right.
+        """
+        forward, backward, inputs = Op.FORWARD, Op.BACKWARD, Op.INPUT
+
+        def number(action: Action) -> int:
+            op = action.op
+            kind = _F if op is forward else _B if op is backward else _I if op is inputs else _W
+            return _number(action.chunk * self.microbatches + action.microbatch, kind)
+
+        return [[number(action) for action in program] for program in self.programs]
+
+    def numbered(self) -> Iterator[tuple[int, int, int]]:
+        """(stage, index, number) of all actions, stage by stage."""
+        for stage, numbers in enumerate(self.numbers):
+            for index, number in enumerate(numbers):
+                yield stage, index, number
+
+    def action(self, number: int) -> Action:
+        """The action of a number."""
+        place, kind = divmod(number, _KINDS)
+        return Action(place // self.microbatches, _OPS[kind], place % self.microbatches)
 
     def actions(self) -> Iterator[tuple[int, int, Action]]:
         """(stage, index, action) of all actions, stage by stage."""
         for stage, program in enumerate(self.programs):
             for index, action in enumerate(program):
                 yield stage, index, action
+
+
+def _number(place: int, kind: int) -> int:
+    return place * _KINDS + kind
 
 
 class _Fault(NamedTuple):
@@ -121,6 +156,8 @@ def _placement(plan: _Plan) -> Iterator[_Fault]:
                 "keep each chunk on one stage",
                 ((stage, index),),
             )
+    if len(stage_of) == 1 + max(stage_of):
+        return
     for stage, index, action in plan.actions():
         if action.chunk > 0 and action.chunk - 1 not in stage_of:
             yield _Fault(
@@ -130,55 +167,61 @@ def _placement(plan: _Plan) -> Iterator[_Fault]:
 
 
 def _once(plan: _Plan) -> Iterator[_Fault]:
-    seen: set[Action] = set()
-    for stage, index, action in plan.actions():
-        chunk, op, microbatch = action.chunk, action.op, action.microbatch
-        if action in seen:
-            yield _Fault(f"stage {stage} computes {action} twice; leave one out", ((stage, index),))
-        others = (Op.INPUT, Op.WEIGHT) if op is Op.BACKWARD else (Op.BACKWARD,) if op is not Op.FORWARD else ()
-        for other in others:
-            if Action(chunk, other, microbatch) in seen:
+    seen: set[int] = set()
+    for stage, index, number in plan.numbered():
+        if number in seen:
+            yield _Fault(f"stage {stage} computes {plan.action(number)} twice; leave one out", ((stage, index),))
+        for other in _excluded(number):
+            if other in seen:
                 yield _Fault(
-                    f"stage {stage} computes {Action(chunk, other, microbatch)} and {action}, but one backward is "
+                    f"stage {stage} computes {plan.action(other)} and {plan.action(number)}, but one backward is "
                     f"either B, or I and W; leave one out",
                     ((stage, index),),
                 )
-        seen.add(action)
+        seen.add(number)
+
+
+def _excluded(number: int) -> tuple[int, ...]:
+    """What cannot be computed where this action is."""
+    kind = number % _KINDS
+    if kind == _B:
+        return number - _B + _I, number - _B + _W
+    return () if kind == _F else (number - kind + _B,)
 
 
 def _complete(plan: _Plan) -> Iterator[_Fault]:
-    seen: set[Action] = set()
-    stage_of: dict[int, int] = {}
-    for stage, _, action in plan.actions():
-        seen.add(action)
-        stage_of[action.chunk] = stage
+    seen = set[int]().union(*plan.numbers)
+    stage_of = {action.chunk: stage for stage, _, action in plan.actions()}
     for chunk, stage in sorted(stage_of.items()):
         for microbatch in range(plan.microbatches):
-            for op in _lacking(seen, chunk, microbatch, plan.forward_only):
-                action = Action(chunk, op, microbatch)
+            for kind in _lacking(seen, chunk * plan.microbatches + microbatch, plan.forward_only):
+                action = Action(chunk, _OPS[kind], microbatch)
                 yield _Fault(
                     f"stage {stage} never computes {action}; add it (marked at the end here)", (), (stage, action)
                 )
 
 
-def _lacking(seen: set[Action], chunk: int, microbatch: int, forward_only: bool) -> Iterator[Op]:
-    """The operations that (chunk, microbatch) lacks."""
-    if Action(chunk, Op.FORWARD, microbatch) not in seen:
-        yield Op.FORWARD
-    if forward_only or Action(chunk, Op.BACKWARD, microbatch) in seen:
-        return
-    halves = [op for op in (Op.INPUT, Op.WEIGHT) if Action(chunk, op, microbatch) not in seen]
-    yield from halves if len(halves) < 2 else (Op.BACKWARD,)
+def _lacking(seen: set[int], place: int, forward_only: bool) -> Sequence[int]:
+    """The kinds that a chunk and microbatch lack."""
+    forwards = () if _number(place, _F) in seen else (_F,)
+    if forward_only or _number(place, _B) in seen:
+        return forwards
+    halves = tuple(kind for kind in (_I, _W) if _number(place, kind) not in seen)
+    return (*forwards, *(halves if len(halves) < 2 else (_B,)))
 
 
 def _local_order(plan: _Plan) -> Iterator[_Fault]:
-    seen: set[Action] = set()
-    for stage, index, action in plan.actions():
-        seen.add(action)
-        if action.op is not Op.FORWARD:
-            before = Action(action.chunk, _BEFORE[action.op], action.microbatch)
+    seen: set[int] = set()
+    for stage, index, number in plan.numbered():
+        seen.add(number)
+        kind = number % _KINDS
+        if kind != _F:
+            before = number - kind + (_I if kind == _W else _F)
             if before not in seen:
-                yield _Fault(f"stage {stage} computes {action} before {before}; swap them", ((stage, index),))
+                yield _Fault(
+                    f"stage {stage} computes {plan.action(number)} before {plan.action(before)}; swap them",
+                    ((stage, index),),
+                )
 
 
 def _sum_order(plan: _Plan) -> Iterator[_Fault]:

@@ -86,8 +86,12 @@ class Numbered(NamedTuple):
 
     def message(self, number: int) -> Message:
         """The message of a number that is not -1."""
-        place, gradient = divmod(number, 2)
-        return Message(*divmod(place, self.microbatches), gradient == 1)
+        chunk, gradient = self.made_by(number)
+        return Message(chunk, number // 2 % self.microbatches, gradient)
+
+    def made_by(self, number: int) -> tuple[int, bool]:
+        """The chunk that makes it, and whether it is a gradient."""
+        return number // (2 * self.microbatches), number % 2 == 1
 
 
 def number_messages(programs: Programs) -> Numbered:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .costs import Costs
 from .critical_path import Link, Sent, critical_path
-from .dry_run import Message, dry_run, number_messages
+from .dry_run import dry_run, number_messages
 from .memory import peak_bytes, peak_in_flight
 from .span import Span
 
@@ -64,9 +64,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
         peak_in_flight=peak_in_flight(schedule.programs),
         peak_bytes=peak_bytes(schedule.programs, costs.kept(schedule.chunks), costs.input_share),
         spans=tuple(played.spans),
-        critical_path=critical_path(
-            played.spans, played.previous, played.needs, played.sent, played.numbered.message
-        ),
+        critical_path=critical_path(played.spans, played.previous, played.needs, played.sent, played.numbered.message),
     )
 
 
@@ -98,7 +96,7 @@ class _Played:
             self.needs.append(need)
             last[stage] = place
             if give >= 0:
-                channels.send(give, self.numbered.message(give), place, end)
+                channels.send(give, *self.numbered.made_by(give), place, end)
 
 
 class _Channels:
@@ -110,9 +108,8 @@ class _Channels:
         self._costs_of: dict[tuple[int, int], tuple[float, float]] = {}
         self._last: dict[tuple[int, int], int] = {}
 
-    def send(self, number: int, message: Message, giver: int, ready: float) -> None:
-        """Sends what was ready at ``ready`` to the stage that takes it, if that is another one."""
-        chunk, _, gradient = message
+    def send(self, number: int, chunk: int, gradient: bool, giver: int, ready: float) -> None:
+        """Sends what ``chunk`` had made at ``ready`` to the stage that takes it, if that is another one."""
         taker = chunk - 1 if gradient else chunk + 1
         if not 0 <= taker < len(self._placement):
             return
