@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_by_hand import EVERY_KIND, looped, mine
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
+import raypipe.schedule
 from raypipe.schedule import Costs, Schedule, Span, build, names
 from raypipe.schedule.dry_run import given_by, needed_by
 
@@ -108,11 +114,121 @@ def test_forward_only_keeps_nothing() -> None:
     assert found.peak_in_flight == (1, 1, 1, 1)
 
 
+def test_latency_of_each_channel() -> None:
+    costs = Costs(latency={(0, 1): 0.25, (1, 2): 0.5, (2, 1): 1.0, (1, 0): 2.0})
+    assert build("gpipe", 3, 1).simulate(costs).makespan == 9 + 0.25 + 0.5 + 1.0 + 2.0
+
+
+def test_a_channel_takes_in_one_message_at_a_time() -> None:
+    # Of 2 forwards, made at 1 and 2, the messages take 3 each; they are on their way for 10 beside each other.
+    costs = Costs(boundary_bytes=6, gradient_bytes=0, bandwidth=2, latency=10)
+    found = build("gpipe", 2, 2).simulate(costs)
+    starts = {str(span.action): span.start for span in found.spans}
+    assert starts == {"0F0": 0, "0F1": 1, "1F0": 14, "1F1": 17, "1B0": 18, "1B1": 20, "0B0": 30, "0B1": 32}
+
+
+def test_both_kinds_of_messages_share_a_channel() -> None:
+    # Stage 0 holds chunks 0 and 2: at 8 it gives the gradient of chunk 2 while activations of chunk 0 are on the way.
+    schedule = mine("0F0 2F0 0F1 2B0 2F1 2B1 0B0 0B1", "1F0 1F1 1B0 1B1", microbatches=2)
+    costs = Costs(boundary_bytes=(4, 0), gradient_bytes=(0, 1), bandwidth=1)
+    starts = {str(span.action): span.start for span in schedule.simulate(costs).spans}
+    # 1F0 waits for 0F0 until 5; 0F1 ends at 8 and takes the channel until 12; 2B0's gradient, made at 10, until 13.
+    assert (starts["1F0"], starts["2F0"], starts["0F1"], starts["2B0"]) == (5, 6, 7, 8)
+    assert (starts["1F1"], starts["1B0"]) == (12, 13)
+
+
+def test_gradients_have_their_own_size() -> None:
+    times = [
+        build("gpipe", 2, 1).simulate(Costs(boundary_bytes=8, gradient_bytes=size, bandwidth=4)).makespan
+        for size in (None, 0, 4)
+    ]
+    assert times == [6 + 2 + 2, 6 + 2, 6 + 2 + 1]
+
+
+def test_peak_bytes_are_there() -> None:
+    found = build("1f1b", 3, 5).simulate(Costs(activation_bytes=(10, 20, 40)))
+    assert found.peak_bytes == (30, 40, 40)
+    assert build("1f1b", 3, 5).simulate().peak_bytes == (0, 0, 0)
+
+
+@given(st.sampled_from(EVERY_KIND), st.data())
+def test_bounds_of_the_makespan(schedule: Schedule, data: st.DataObject) -> None:
+    of_chunks = st.lists(quarters, min_size=schedule.chunks, max_size=schedule.chunks).map(tuple)
+    forward, backward = data.draw(of_chunks), data.draw(of_chunks)
+    latency, more, size = data.draw(quarters), data.draw(quarters), data.draw(quarters)
+
+    def play(latency: float, bandwidth: float | None) -> Any:
+        costs = Costs(
+            forward=forward,
+            backward=backward,
+            input=forward,
+            weight=backward,
+            latency=latency,
+            bandwidth=bandwidth,
+            boundary_bytes=size,
+        )
+        return schedule.simulate(costs)
+
+    found = play(latency, 2.0)
+    busy: dict[int, float] = defaultdict(float)
+    for span in found.spans:
+        busy[span.stage] += span.end - span.start
+    assert found.makespan >= max(busy.values())
+    assert found.makespan <= play(latency + more, 2.0).makespan
+    assert found.makespan <= play(latency, 1.0).makespan
+    assert play(latency, None).makespan <= found.makespan
+    if found.makespan:
+        assert found.bubble == pytest.approx(1 - sum(busy.values()) / schedule.stages / found.makespan)
+
+
+@given(st.sampled_from(EVERY_KIND), quarters, quarters, quarters)
+def test_by_channel_and_by_number_are_alike(schedule: Schedule, latency: float, size: float, forward: float) -> None:
+    pairs = [(s, t) for s in range(schedule.stages) for t in range(schedule.stages) if s != t]
+    one = Costs(forward=forward, latency=latency, bandwidth=4.0, boundary_bytes=size)
+    each = Costs(
+        forward=forward,
+        latency=dict.fromkeys(pairs, latency),
+        bandwidth=dict.fromkeys(pairs, 4.0),
+        boundary_bytes=(size,) * (schedule.chunks - 1),
+    )
+    assert schedule.simulate(one) == schedule.simulate(each)
+
+
+def lines_run(stages: int, microbatches: int) -> int:
+    """How many lines of the room run to check a schedule and to simulate it."""
+    room = str(Path(raypipe.schedule.__file__).parent)
+    programs = looped(stages, 2, microbatches).programs
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(room):
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        Schedule("mine", programs, microbatches).simulate(Costs(latency=0.5, boundary_bytes=1, bandwidth=4))
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_work_is_linear_in_the_number_of_actions() -> None:
+    small, more_microbatches, more_stages = lines_run(4, 16), lines_run(4, 32), lines_run(8, 16)
+    assert small > 4 * 2 * 16 * 2 * 10
+    assert 1.8 * small < more_microbatches < 2.1 * small
+    assert 1.8 * small < more_stages < 2.1 * small
+
+
 @pytest.mark.timeout(120)  # linear work takes seconds; quadratic work would take hours
 def test_a_large_schedule_is_built_and_simulated() -> None:
     found = build("1f1b", 64, 1024).simulate()
     assert found.makespan == 3 * (1024 + 63)
     assert len(found.spans) == 2 * 64 * 1024
+    assert sum(link.end - link.start for link in found.critical_path) == found.makespan
 
 
 @pytest.mark.parametrize(

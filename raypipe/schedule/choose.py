@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .costs import Costs
 from .schedule import Schedule
@@ -73,7 +73,7 @@ class Choice:
         return f"{name} has the least makespan, {makespan:.4g}, and came first of those that are equal{over}"
 
     def __str__(self) -> str:
-        rows = [("", "schedule", "makespan", "bubble", "peak bytes", "fits")]
+        rows = [("", "schedule", "makespan", "bubble", "peak memory", "fits")]
         for one in self.tried:
             rows.append(
                 (
@@ -81,7 +81,7 @@ class Choice:
                     one.schedule.headline(),
                     f"{one.found.makespan:.4g}",
                     f"{one.found.bubble:.1%}",
-                    f"{one.peak_bytes:.4g}",
+                    _short(one.peak_bytes),
                     "yes" if one.fits else "no",
                 )
             )
@@ -106,16 +106,22 @@ def choose(candidates: Sequence[Schedule], costs_of: Callable[[Schedule], Costs]
     """
     if not candidates:
         raise ValueError("there is no schedule to choose from; give at least one candidate")
-    tried, excess = [], []
+    tried, closest, smallest = [], "", math.inf
     for schedule in candidates:
         limits = _limits(memory_bytes, schedule)
         found = schedule.simulate(costs_of(schedule))
-        over = max(peak - limit for peak, limit in zip(found.peak_bytes, limits, strict=True))
-        tried.append(Tried(schedule, found, over <= 0))
-        excess.append(over)
+        over = [peak - limit for peak, limit in zip(found.peak_bytes, limits, strict=True)]
+        tried.append(Tried(schedule, found, max(over) <= 0))
+        if max(over) < smallest:
+            smallest, stage = max(over), over.index(max(over))
+            peak, limit = _short(found.peak_bytes[stage]), _short(limits[stage])
+            closest = f"that of {schedule.headline()}, {peak} on stage {stage}, where the limit is {limit}"
     fitting = [one for one in tried if one.fits]
     if not fitting:
-        raise ValueError(_none_fits(tried, excess, memory_bytes))
+        raise ValueError(
+            f"no schedule of {len(tried)} fits in memory: the smallest peak is {closest}; allow more memory, use more "
+            "stages, cut the batch into more microbatches, or recompute activations"
+        )
     best = min(fitting, key=lambda one: (one.found.makespan, one.peak_bytes))  # the first of equal ones
     return Choice(best, tuple(tried))
 
@@ -123,34 +129,28 @@ def choose(candidates: Sequence[Schedule], costs_of: Callable[[Schedule], Costs]
 def _limits(memory_bytes: Limit, schedule: Schedule) -> tuple[float, ...]:
     if memory_bytes is None:
         return (math.inf,) * schedule.stages
-    if isinstance(memory_bytes, Sequence) and not isinstance(memory_bytes, str):
-        limits = tuple(memory_bytes)
-        if len(limits) != schedule.stages:
-            raise ValueError(
-                f"memory_bytes has {len(limits)} numbers, but {schedule.headline()}; give one for each stage, or one "
-                "number for all"
-            )
-    else:
-        limits = (memory_bytes,) * schedule.stages  # type: ignore[assignment]
+    limits = tuple(memory_bytes) if isinstance(memory_bytes, Sequence) else (memory_bytes,) * schedule.stages
     for limit in limits:
-        if not isinstance(limit, Real):
-            raise TypeError(f"memory_bytes is {memory_bytes!r}, but it must be a number, one for each stage, or None")
-        if not limit >= 0:
-            raise ValueError(f"memory_bytes is {memory_bytes!r}, but a limit is not negative; give None for no limit")
+        _check_limit(limit, memory_bytes)
+    if len(limits) != schedule.stages:
+        raise ValueError(
+            f"memory_bytes has {len(limits)} numbers, but {schedule.headline()}; give one for each stage, or one "
+            "number for all"
+        )
     return limits
 
 
-def _none_fits(tried: Sequence[Tried], excess: Sequence[float], memory_bytes: Limit) -> str:
-    at = min(range(len(tried)), key=lambda place: excess[place])
-    closest = tried[at]
-    stage = max(
-        range(closest.schedule.stages),
-        key=lambda s: closest.found.peak_bytes[s] - _limits(memory_bytes, closest.schedule)[s],
-    )
-    peak, limit = closest.found.peak_bytes[stage], _limits(memory_bytes, closest.schedule)[stage]
-    which = f"none of the {len(tried)} schedules fits" if len(tried) > 1 else "the only schedule does not fit"
-    return (
-        f"{which} in memory: the smallest peak is that of {closest.schedule.headline()}, {peak:.4g} bytes on stage "
-        f"{stage} of {limit:.4g} allowed; give more memory or stages, cut the batch into more microbatches, or recompute "
-        "activations"
-    )
+def _check_limit(limit: Any, given: object) -> None:
+    if not isinstance(limit, Real):
+        raise TypeError(f"memory_bytes is {given!r}, but it must be a number, one for each stage, or None")
+    if not float(limit) >= 0:
+        raise ValueError(f"memory_bytes is {given!r}, but a limit is not negative; give None for no limit")
+
+
+def _short(size: float) -> str:
+    """Bytes in three digits: ``1.5 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .action import Op
 
@@ -65,10 +65,7 @@ class Costs:
             _check_channels(name, value)
             if isinstance(value, Mapping):
                 object.__setattr__(self, name, dict(value))  # so that nobody changes it later
-        if not isinstance(self.input_share, Real):
-            raise TypeError(f"the cost input_share is {self.input_share!r}, but it must be a number from 0 to 1")
-        if not 0 <= self.input_share <= 1:
-            raise ValueError(f"the cost input_share is {self.input_share!r}, but a share is from 0 to 1")
+        _check_share(self.input_share)
 
     def table(self, chunks: int) -> dict[Op, tuple[float, ...]]:
         """For each computing operation its cost on each of ``chunks`` chunks.
@@ -112,15 +109,16 @@ def _spread(name: str, cost: float | tuple[float, ...], count: int, what: str) -
     if not isinstance(cost, tuple):
         return (cost,) * count
     if len(cost) != count:
-        number = "number" if len(cost) == 1 else "numbers"
         raise ValueError(
-            f"the cost {name} has {len(cost)} {number}, but there are {count} {_many(what)}; give one each"
+            f"the cost {name} has {_count(len(cost), 'number')}, but there {'is' if count == 1 else 'are'} "
+            f"{_count(count, what)}; give one each"
         )
     return cost
 
 
-def _many(what: str) -> str:
-    return "boundaries" if what == "boundary" else f"{what}s"
+def _count(number: int, noun: str) -> str:
+    many = "boundaries" if noun == "boundary" else f"{noun}s"
+    return f"{number} {noun if number == 1 else many}"
 
 
 def _of_channel(name: str, cost: float | ByChannel, source: int, target: int) -> float:
@@ -134,14 +132,14 @@ def _of_channel(name: str, cost: float | ByChannel, source: int, target: int) ->
     return cost[source, target]
 
 
-def _check_numbers(name: str, value: object, what: str) -> None:
+def _check_numbers(name: str, value: Any, what: str) -> None:
     if name == "gradient_bytes" and value is None:
         return
     numbers = value if isinstance(value, tuple) else (value,)
     _check_reals(name, value, numbers, f"a number, or a tuple with one for each {what}")
 
 
-def _check_channels(name: str, value: object) -> None:
+def _check_channels(name: str, value: Any) -> None:
     if name == "bandwidth" and value is None:
         return
     if isinstance(value, Mapping):
@@ -153,17 +151,24 @@ def _check_channels(name: str, value: object) -> None:
         raise ValueError(f"the cost bandwidth is {value!r}, but nothing crosses at 0; leave it out for no limit")
 
 
-def _check_reals(name: str, value: object, numbers: Iterable[object], allowed: str) -> None:
+def _check_reals(name: str, value: object, numbers: Iterable[Any], allowed: str) -> None:
     for number in numbers:
         if not isinstance(number, Real):
             raise TypeError(f"the cost {name} is {value!r}, but it must be {allowed}")
-        if not (math.isfinite(number) and number >= 0):
+        if not (math.isfinite(number) and float(number) >= 0):
             raise ValueError(f"the cost {name} is {value!r}, but costs are finite and not negative")
 
 
-def _check_key(name: str, key: object) -> None:
+def _check_share(value: Any) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"the cost input_share is {value!r}, but it must be a number from 0 to 1")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"the cost input_share is {value!r}, but a share is from 0 to 1")
+
+
+def _check_key(name: str, key: Any) -> None:
     stages = isinstance(key, tuple) and len(key) == 2 and all(type(stage) is int and stage >= 0 for stage in key)
     if not stages:
         raise ValueError(f"the cost {name} has the key {key!r}, but its keys are channels: {_CHANNEL}")
-    if isinstance(key, tuple) and key[0] == key[1]:
+    if key[0] == key[1]:
         raise ValueError(f"the cost {name} has the key {key!r}, but a stage's message to itself is free; leave it out")
