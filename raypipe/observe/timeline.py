@@ -8,7 +8,15 @@ from statistics import median
 from raypipe.observe.events import END, START, Trace
 from raypipe.schedule import Costs, Op, Schedule, Span, draw_spans
 
-__all__ = ["bubble", "draw_planned_and_measured", "mean_costs", "measured_spans"]
+__all__ = [
+    "bubble",
+    "check_traces",
+    "draw_planned_and_measured",
+    "mean_costs",
+    "measured_spans",
+    "median_costs",
+    "origins",
+]
 
 
 def measured_spans(traces: Sequence[Trace]) -> tuple[Span, ...]:
@@ -25,7 +33,7 @@ def measured_spans(traces: Sequence[Trace]) -> tuple[Span, ...]:
     """
     spans = [
         Span(stage, action, float(times[START]) - origin, float(times[END]) - origin)
-        for stage, (trace, origin) in enumerate(zip(traces, _origins(traces), strict=True))
+        for stage, (trace, origin) in enumerate(zip(traces, origins(traces), strict=True))
         for action, times in zip(trace.actions, trace.times, strict=True)
     ]
     if not spans:
@@ -61,9 +69,23 @@ def mean_costs(traces: Sequence[Trace]) -> Costs:
     Raises:
         ValueError: nothing was measured.
     """
+    return median_costs([traces])
+
+
+def median_costs(steps: Sequence[Sequence[Trace]]) -> Costs:
+    """The same over several steps.
+
+    Args:
+        steps: for each the traces of its stages; their numbers of microbatches may differ.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
     seconds: dict[tuple[Op, int], list[float]] = {}
-    for span in measured_spans(traces):
+    for span in (span for traces in steps for span in measured_spans(traces)):
         seconds.setdefault((span.action.op, span.action.chunk), []).append(span.end - span.start)
+    if not seconds:
+        raise ValueError("there are no steps to take costs from; give the traces of at least one")
     chunks = range(1 + max(chunk for _, chunk in seconds))
 
     def of(op: Op) -> tuple[float, ...]:
@@ -72,7 +94,9 @@ def mean_costs(traces: Sequence[Trace]) -> Costs:
     return Costs(forward=of(Op.FORWARD), backward=of(Op.BACKWARD), input=of(Op.INPUT), weight=of(Op.WEIGHT))
 
 
-def draw_planned_and_measured(schedule: Schedule, traces: Sequence[Trace], width: int = 100) -> str:
+def draw_planned_and_measured(
+    schedule: Schedule, traces: Sequence[Trace], width: int = 100, costs: Costs | None = None
+) -> str:
     """The schedule played against the measured costs, and below it what was measured, on the same axis of milliseconds.
 
     What the second has and the first has not is the cost of messages, of waiting, and of actions of uneven length.
@@ -81,16 +105,13 @@ def draw_planned_and_measured(schedule: Schedule, traces: Sequence[Trace], width
         schedule: that was run.
         traces: of one step, by stage.
         width: columns of the drawing, at least 40.
+        costs: to play it against, in seconds; where there are none, ``mean_costs`` of these traces.
 
     Raises:
         ValueError: traces of another schedule, or too small a width.
     """
-    if tuple(trace.actions for trace in traces) != schedule.programs:
-        raise ValueError(
-            f"the traces of {len(traces)} ranks are not of {schedule.headline()}; "
-            "give one for each stage, of a step that ran this schedule"
-        )
-    planned = schedule.simulate(mean_costs(traces)).spans
+    check_traces(schedule, traces)
+    planned = schedule.simulate(costs or mean_costs(traces)).spans
     measured = measured_spans(traces)
     until = max(span.end for span in (*planned, *measured)) * 1e3
 
@@ -104,6 +125,19 @@ def draw_planned_and_measured(schedule: Schedule, traces: Sequence[Trace], width
     return f"{draw('planned', planned)}\n\n{draw('measured', measured)}"
 
 
+def check_traces(schedule: Schedule, traces: Sequence[Trace]) -> None:
+    """Holds that the traces are of a step of this schedule.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if tuple(trace.actions for trace in traces) != schedule.programs:
+        raise ValueError(
+            f"the traces of {len(traces)} ranks are not of {schedule.headline()}; "
+            "give one for each stage, of a step that ran this schedule"
+        )
+
+
 def _bubble(spans: Sequence[Span], stages: int) -> float:
     """Of spans that count from 0."""
     makespan = max(span.end for span in spans)
@@ -111,7 +145,7 @@ def _bubble(spans: Sequence[Span], stages: int) -> float:
     return max(0.0, 1.0 - busy / (stages * makespan)) if makespan else 0.0
 
 
-def _origins(traces: Sequence[Trace]) -> list[float]:
+def origins(traces: Sequence[Trace]) -> list[float]:
     """What to take from each trace's times so that they count from one moment.
 
     All ranks of a step exchange messages, so their times overlap. Where they do not, the ranks ran on hosts whose
