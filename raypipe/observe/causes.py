@@ -171,7 +171,7 @@ class _Line:
         return found
 
     def _between(self, start: int, end: int) -> Iterator[tuple[int, int, Cause | None]]:
-        """The intervals from ``start`` to ``end``, which has been reached; without a cause what was before the first."""
+        """The intervals from ``start`` to ``end``, which has been reached; no cause for what was before the first."""
         at = bisect_right(self._starts, start) - 1
         while start < end:
             until = self._starts[at + 1] if at + 1 < len(self._starts) else end

@@ -12,6 +12,7 @@ __all__ = [
     "bubble",
     "check_traces",
     "draw_planned_and_measured",
+    "draw_two",
     "mean_costs",
     "measured_spans",
     "median_costs",
@@ -112,17 +113,32 @@ def draw_planned_and_measured(
     """
     check_traces(schedule, traces)
     planned = schedule.simulate(costs or mean_costs(traces)).spans
-    measured = measured_spans(traces)
+    return draw_two("planned", planned, measured_spans(traces), schedule.stages, width)
+
+
+def draw_two(title: str, planned: Sequence[Span], measured: Sequence[Span], stages: int, width: int = 100) -> str:
+    """Planned and measured spans, one below the other on the same axis of milliseconds.
+
+    Args:
+        title: what the upper one is called.
+        planned: in seconds from 0.
+        measured: likewise.
+        stages: the number of rows of each.
+        width: columns of the drawing, at least 40.
+
+    Raises:
+        ValueError: too small a width.
+    """
     until = max(span.end for span in (*planned, *measured)) * 1e3
 
-    def draw(title: str, spans: tuple[Span, ...]) -> str:
+    def draw(title: str, spans: Sequence[Span]) -> str:
         makespan = max(span.end for span in spans)
-        share = _bubble(spans, schedule.stages)
+        share = _bubble(spans, stages)
         scaled = [Span(span.stage, span.action, span.start * 1e3, span.end * 1e3) for span in spans]
         line = f"{title}: makespan {makespan * 1e3:.4g} ms, bubble {share:.1%}"
-        return draw_spans(scaled, schedule.stages, width, line, "ms", until=until)
+        return draw_spans(scaled, stages, width, line, "ms", until=until)
 
-    return f"{draw('planned', planned)}\n\n{draw('measured', measured)}"
+    return f"{draw(title, planned)}\n\n{draw('measured', measured)}"
 
 
 def check_traces(schedule: Schedule, traces: Sequence[Trace]) -> None:
