@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
 from made_by_hand import EVERY_KIND
 
 from raypipe.observe.events import Trace
-from raypipe.schedule import Costs, Schedule
+from raypipe.observe.report import Report
+from raypipe.schedule import Costs, Schedule, build
 
-__all__ = ["any_steps", "played"]
+__all__ = ["MS", "SLOW", "any_steps", "played", "slow_report"]
+
+MS = Costs(forward=1e-3, backward=2e-3)
+SLOW = replace(MS, forward=(1e-3, 1.5e-3), latency=2.5e-4)
 
 
 def played(
@@ -37,6 +42,13 @@ def played(
         ended = clock + data + found.makespan + optimizer
         traces.append(Trace(program, np.array(rows) + clock + data, clock, ended, 1))
     return traces
+
+
+def slow_report() -> Report:
+    """Predicted by a step of MS, measured one of SLOW: 0.5 ms after it, with 0.5 ms of data and 1 of the optimizer."""
+    schedule = build("gpipe", 2, 2)
+    before = played(schedule, MS, at=10.0)  # over at 10.009
+    return Report.of(schedule, played(schedule, SLOW, at=10.0095, data=5e-4, optimizer=1e-3), earlier=[before])
 
 
 @st.composite

@@ -39,6 +39,10 @@ class Cause(enum.IntEnum):
         return "exposed communication" if self is Cause.COMMUNICATION else self.name.lower()
 
 
+# Somewhere up the chain a stage computes.
+_COMPUTED = (Cause.COMPUTE, Cause.DEPENDENCY, Cause.STRAGGLER)
+
+
 class Times(NamedTuple):
     """Nanoseconds of one stage's step by cause; their sum is the step.
 
@@ -159,7 +163,7 @@ class _Line:
                 inherent = min(length, skew)
                 skew -= inherent
                 rest = Cause.STRAGGLER if sender._before_is_known else Cause.DRIVER
-            elif cause in (Cause.COMPUTE, Cause.DEPENDENCY):
+            elif cause in _COMPUTED:
                 inherent = length if allowed is None else min(length, allowed)
                 allowed = None if allowed is None else allowed - inherent
                 rest = Cause.STRAGGLER

@@ -63,6 +63,7 @@ def difference(schedule: Schedule, costs: Costs, planned: Sequence[Run], measure
         number: _Place(stage, position)
         for stage, row in enumerate(numbered.gives)
         for position, number in enumerate(row)
+        if number >= 0
     }
     compute = [0] * schedule.stages
     links = predicted = 0

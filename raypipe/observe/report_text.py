@@ -37,8 +37,8 @@ def largest_cause(report: Report) -> str:
         longer = "more" if total > 0 else "less"
         cause, lost = max(_causes(report), key=lambda item: item[1] if total > 0 else -item[1])
         return (
-            f"the step took {_ms(abs(total))} ms {longer} than predicted ({total / predicted:+.1%}); the largest cause is "
-            f"{cause}: {_signed(lost)} ms"
+            f"the step took {_ms(abs(total))} ms {longer} than predicted ({total / predicted:+.1%}); the largest cause "
+            f"is {cause}: {_signed(lost)} ms"
         )
     idle = {cause: sum(times[cause] for times in report.stages) for cause in Cause if cause is not Cause.COMPUTE}
     cause_of_idle = max(idle, key=lambda cause: idle[cause])

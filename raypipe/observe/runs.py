@@ -91,12 +91,14 @@ def _run(stage: int, trace: Trace, before: Trace | None, origin: float) -> Run:
         row = Row(max(turned, now), start, end)
         if not now <= row.turned <= start <= end:
             raise ValueError(
-                f"the trace of stage {stage} runs backwards at {action}; give the times as ranks wrote them"
+                f"the trace of stage {stage} runs backwards at {action}; give the times as the ranks wrote them"
             )
         rows.append(row)
         now = end
     if ended < now:
-        raise ValueError(f"the step of stage {stage} ended before its last action; give the times as ranks wrote them")
+        raise ValueError(
+            f"the step of stage {stage} ended before its last action; give the times as the ranks wrote them"
+        )
     if before is None:
         return Run(trace.actions, tuple(rows), began, ended)
     gap = began - nanoseconds(before.ended - origin)
