@@ -22,7 +22,8 @@ def test_the_whole_text() -> None:
     stages, both, lost = ([line.split() for line in table.splitlines()] for table in tables)
     assert " ".join(stages[1]) == "compute dependency exposed communication straggler data driver optimizer step"
     assert " ".join(stages[2]) == (
-        "stage 0 6.000 (48.0%) 3.000 (24.0%) 0.250 ( 2.0%) 1.250 (10.0%) 0.500 ( 4.0%) 0.500 ( 4.0%) 1.000 ( 8.0%) 12.500"
+        "stage 0 6.000 (48.0%) 3.000 (24.0%) 0.250 ( 2.0%) 1.250 (10.0%) 0.500 ( 4.0%) 0.500 ( 4.0%) 1.000 ( 8.0%) "
+        "12.500"
     )
     assert stages[-1][0] == "all"
     assert stages[-1][-1] == "25.000"
@@ -60,7 +61,8 @@ def test_the_whole_text() -> None:
         (
             replace(MS, latency=1e-3),
             0.0,
-            "the step took 2.000 ms more than predicted (+22.2%); the largest cause is exposed communication: +2.000 ms",
+            "the step took 2.000 ms more than predicted (+22.2%); the largest cause is exposed communication: "
+            "+2.000 ms",
         ),
         (
             replace(MS, backward=(2e-3, 1e-3)),

@@ -12,63 +12,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from ..errors import ScheduleError
 from .action import Action, Op, Programs
 from .draw import draw_programs
 from .dry_run import dry_run, needed_by
+from .numbers import BACKWARD, FORWARD, INPUT, KINDS, OPS, WEIGHT, Plan, number_of
 
 __all__ = ["check", "check_count"]
-
-_OPS = (Op.FORWARD, Op.BACKWARD, Op.INPUT, Op.WEIGHT)
-_KINDS = len(_OPS)
-_F, _B, _I, _W = range(_KINDS)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    programs: Programs
-    microbatches: int
-    forward_only: bool
-
-    @cached_property
-    def numbers(self) -> list[list[int]]:
-        """Each action as a number, which is faster to look up: that of its chunk and microbatch, then its kind.
-
-        Only for programs whose content is right.
-        """
-        forward, backward, inputs = Op.FORWARD, Op.BACKWARD, Op.INPUT
-
-        def number(action: Action) -> int:
-            op = action.op
-            kind = _F if op is forward else _B if op is backward else _I if op is inputs else _W
-            return _number(action.chunk * self.microbatches + action.microbatch, kind)
-
-        return [[number(action) for action in program] for program in self.programs]
-
-    def numbered(self) -> Iterator[tuple[int, int, int]]:
-        """(stage, index, number) of all actions, stage by stage."""
-        for stage, numbers in enumerate(self.numbers):
-            for index, number in enumerate(numbers):
-                yield stage, index, number
-
-    def action(self, number: int) -> Action:
-        """The action of a number."""
-        place, kind = divmod(number, _KINDS)
-        return Action(place // self.microbatches, _OPS[kind], place % self.microbatches)
-
-    def actions(self) -> Iterator[tuple[int, int, Action]]:
-        """(stage, index, action) of all actions, stage by stage."""
-        for stage, program in enumerate(self.programs):
-            for index, action in enumerate(program):
-                yield stage, index, action
-
-
-def _number(place: int, kind: int) -> int:
-    return place * _KINDS + kind
 
 
 class _Fault(NamedTuple):
@@ -90,7 +42,7 @@ def check(name: str, programs: Programs, microbatches: int, forward_only: bool =
         ScheduleError: the first rule that is broken: one sentence, then the grid with the spot marked, as in ``>2F0<``.
     """
     check_count("microbatches", microbatches)
-    plan = _Plan(programs, microbatches, forward_only)
+    plan = Plan(programs, microbatches, forward_only)
     for rule in _RULES:
         for fault in rule(plan):
             raise ScheduleError(f"schedule {name!r}: {fault.sentence}{_picture(plan, fault)}")
@@ -109,7 +61,7 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}, but it must be at least 1")
 
 
-def _picture(plan: _Plan, fault: _Fault) -> str:
+def _picture(plan: Plan, fault: _Fault) -> str:
     programs, spots = plan.programs, fault.spots
     if fault.missing is not None:
         stage, action = fault.missing
@@ -118,7 +70,7 @@ def _picture(plan: _Plan, fault: _Fault) -> str:
     return f"\n\n{draw_programs(programs, marks=spots, crop=True)}" if spots else ""
 
 
-def _content(plan: _Plan) -> Iterator[_Fault]:
+def _content(plan: Plan) -> Iterator[_Fault]:
     if not plan.programs:
         yield _Fault("it has no stages; give one program for each stage")
     for stage, program in enumerate(plan.programs):
@@ -146,7 +98,7 @@ def _is_action(value: object) -> bool:
     return isinstance(value, Action)
 
 
-def _placement(plan: _Plan) -> Iterator[_Fault]:
+def _placement(plan: Plan) -> Iterator[_Fault]:
     stage_of: dict[int, int] = {}
     for stage, index, action in plan.actions():
         first = stage_of.setdefault(action.chunk, stage)
@@ -166,7 +118,7 @@ def _placement(plan: _Plan) -> Iterator[_Fault]:
             )
 
 
-def _once(plan: _Plan) -> Iterator[_Fault]:
+def _once(plan: Plan) -> Iterator[_Fault]:
     seen: set[int] = set()
     for stage, index, number in plan.numbered():
         if number in seen:
@@ -183,19 +135,19 @@ def _once(plan: _Plan) -> Iterator[_Fault]:
 
 def _excluded(number: int) -> tuple[int, ...]:
     """What cannot be computed where this action is."""
-    kind = number % _KINDS
-    if kind == _B:
-        return number - _B + _I, number - _B + _W
-    return () if kind == _F else (number - kind + _B,)
+    kind = number % KINDS
+    if kind == BACKWARD:
+        return number - BACKWARD + INPUT, number - BACKWARD + WEIGHT
+    return () if kind == FORWARD else (number - kind + BACKWARD,)
 
 
-def _complete(plan: _Plan) -> Iterator[_Fault]:
+def _complete(plan: Plan) -> Iterator[_Fault]:
     seen = set[int]().union(*plan.numbers)
     stage_of = {action.chunk: stage for stage, _, action in plan.actions()}
     for chunk, stage in sorted(stage_of.items()):
         for microbatch in range(plan.microbatches):
             for kind in _lacking(seen, chunk * plan.microbatches + microbatch, plan.forward_only):
-                action = Action(chunk, _OPS[kind], microbatch)
+                action = Action(chunk, OPS[kind], microbatch)
                 yield _Fault(
                     f"stage {stage} never computes {action}; add it (marked at the end here)", (), (stage, action)
                 )
@@ -203,20 +155,20 @@ def _complete(plan: _Plan) -> Iterator[_Fault]:
 
 def _lacking(seen: set[int], place: int, forward_only: bool) -> Sequence[int]:
     """The kinds that a chunk and microbatch lack."""
-    forwards = () if _number(place, _F) in seen else (_F,)
-    if forward_only or _number(place, _B) in seen:
+    forwards = () if number_of(place, FORWARD) in seen else (FORWARD,)
+    if forward_only or number_of(place, BACKWARD) in seen:
         return forwards
-    halves = tuple(kind for kind in (_I, _W) if _number(place, kind) not in seen)
-    return (*forwards, *(halves if len(halves) < 2 else (_B,)))
+    halves = tuple(kind for kind in (INPUT, WEIGHT) if number_of(place, kind) not in seen)
+    return (*forwards, *(halves if len(halves) < 2 else (BACKWARD,)))
 
 
-def _local_order(plan: _Plan) -> Iterator[_Fault]:
+def _local_order(plan: Plan) -> Iterator[_Fault]:
     seen: set[int] = set()
     for stage, index, number in plan.numbered():
         seen.add(number)
-        kind = number % _KINDS
-        if kind != _F:
-            before = number - kind + (_I if kind == _W else _F)
+        kind = number % KINDS
+        if kind != FORWARD:
+            before = number - kind + (INPUT if kind == WEIGHT else FORWARD)
             if before not in seen:
                 yield _Fault(
                     f"stage {stage} computes {plan.action(number)} before {plan.action(before)}; swap them",
@@ -224,7 +176,7 @@ def _local_order(plan: _Plan) -> Iterator[_Fault]:
                 )
 
 
-def _sum_order(plan: _Plan) -> Iterator[_Fault]:
+def _sum_order(plan: Plan) -> Iterator[_Fault]:
     for half in (Op.INPUT, Op.WEIGHT):
         last: dict[int, Action] = {}
         for stage, index, action in plan.actions():
@@ -240,7 +192,7 @@ def _sum_order(plan: _Plan) -> Iterator[_Fault]:
             last[action.chunk] = action
 
 
-def _deadlock(plan: _Plan) -> Iterator[_Fault]:
+def _deadlock(plan: Plan) -> Iterator[_Fault]:
     blocked = dry_run(plan.programs).blocked
     if not blocked:
         return
@@ -258,7 +210,7 @@ def _deadlock(plan: _Plan) -> Iterator[_Fault]:
     )
 
 
-_RULES: tuple[Callable[[_Plan], Iterator[_Fault]], ...] = (
+_RULES: tuple[Callable[[Plan], Iterator[_Fault]], ...] = (
     _content,
     _placement,
     _once,
