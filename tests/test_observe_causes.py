@@ -114,6 +114,21 @@ def test_without_a_common_end_the_last_wait_moves_to_the_next_step() -> None:
     ]
 
 
+def test_who_waits_for_a_stage_in_its_step_before() -> None:
+    # As above, but stage 0's step before takes 1.5 seconds longer, its optimizer's: nobody predicted that.
+    pipe = build("gpipe", 2, 1)
+    before = played(pipe, Costs(), at=100.0)
+    before = [replace(before[0], ended=107.5), replace(before[1], ended=104.0)]
+    now = played(pipe, Costs(), at=107.5)
+    times = now[1].times.copy()
+    times[0, 0] = 104.0
+    now[1] = replace(now[1], times=times, started=104.0, ended=112.0)
+    expected = {"compute": 3, "dependency": 3}
+    assert seconds(found(pipe, now, Costs(), before)[1]) == {**expected, "straggler": 1.5, "optimizer": 0.5}
+    # Without that step nobody knows what stage 0 did before it began this one.
+    assert seconds(found(pipe, now, Costs())[1]) == {**expected, "driver": 1.5, "optimizer": 0.5}
+
+
 def test_the_optimizer_of_a_stage_that_is_through_early_is_its_own() -> None:
     pipe = build("gpipe", 2, 1)
     traces = played(pipe, Costs(), optimizer=0.5)

@@ -30,6 +30,19 @@ def test_as_predicted_there_is_no_difference() -> None:
     assert in_seconds(lost(PIPE, played(PIPE, costs), costs)) == [0, 0, 0, 0, 0, 0, 0, 0]
 
 
+def test_each_message_is_predicted_by_its_size_and_channel() -> None:
+    costs = Costs(
+        latency={(0, 1): 0.25, (1, 2): 0.5, (2, 1): 1.0, (1, 0): 2.0},
+        bandwidth=4,
+        boundary_bytes=(1, 2),
+        gradient_bytes=(4, 8),
+    )
+    found = lost(PIPE, played(PIPE, costs), costs)
+    assert (found.communication, found.another_path) == (0, 0)
+    free = lost(PIPE, played(PIPE, costs), Costs())
+    assert free.communication == nanoseconds(0.25 + 0.5 + 1.0 + 2.0 + (1 + 2 + 4 + 8) / 4)
+
+
 def test_each_cause_shows_where_it_arose() -> None:
     real = Costs(forward=(1.0, 1.5, 1.0), backward=(2.0, 2.0, 1.75), latency=0.125)
     before, now = played(PIPE, Costs(), at=100.0), played(PIPE, real, at=111.0, data=0.5, optimizer=0.25)

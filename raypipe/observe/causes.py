@@ -161,7 +161,6 @@ class _Line:
             length = end - start
             if cause is None:
                 inherent = min(length, skew)
-                skew -= inherent
                 rest = Cause.STRAGGLER if sender._before_is_known else Cause.DRIVER
             elif cause in _COMPUTED:
                 inherent = length if allowed is None else min(length, allowed)

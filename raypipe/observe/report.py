@@ -23,7 +23,11 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """One step of every stage, predicted and measured. ``print`` shows drawings, tables and the largest cause."""
+    """One step of every stage, predicted and measured. ``print`` shows drawings, tables and the largest cause.
+
+    Where the ranks share one thread (``backend="local"``) they take turns, and a turn of another rank shows as exposed
+    communication: such a step was not run in parallel.
+    """
 
     schedule: Schedule
     """What was run."""
