@@ -1,0 +1,123 @@
+"""Which calls of torch functions have a weight whose gradient can be left for later, and what they are called with.
+
+A weight is a trainable ``nn.Parameter``, or a view or cast of one (``weight.T``, a chunk of a packed bias). Everything
+else that requires a gradient is an input, also where it was made of parameters (a parametrised weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+__all__ = ["Operands", "find_operands", "is_parameter", "mark_views", "parameters_behind", "weights_of"]
+
+_Places = tuple[tuple[int, str], ...]
+
+_SPLIT: dict[Any, _Places] = {
+    function: tuple((place, name) for name, place in places.items())
+    for functions, places in (
+        ((F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d), {"weight": 1}),
+        ((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), {"weight": 1}),
+        ((F.layer_norm, F.rms_norm, F.group_norm, torch.layer_norm, torch.rms_norm), {"weight": 2}),
+        ((F.bilinear,), {"weight": 2}),
+        ((torch.addmm, Tensor.addmm), {"mat1": 1, "mat2": 2}),
+        ((torch.baddbmm, Tensor.baddbmm), {"batch1": 1, "batch2": 2}),
+        ((torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__), {"input": 0, "other": 1}),
+        ((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), {"input": 0, "mat2": 1}),
+        ((torch.einsum, torch.functional.einsum), {"first": 1, "second": 2}),
+    )
+    for function in functions
+}
+"""Where the operands stand that must be weights for a call to be worth splitting: by place and by name."""
+
+_VIEWS = frozenset(
+    [
+        *(getattr(Tensor, name) for name in ("t", "transpose", "permute", "view", "reshape", "flatten", "unsqueeze")),
+        *(getattr(Tensor, name) for name in ("squeeze", "chunk", "split", "unbind", "select", "narrow", "expand")),
+        *(getattr(Tensor, name) for name in ("to", "type", "float", "half", "bfloat16", "contiguous", "view_as")),
+        *(getattr(torch, name) for name in ("t", "transpose", "permute", "reshape", "flatten", "unsqueeze", "squeeze")),
+        *(getattr(torch, name) for name in ("chunk", "split", "unbind", "select", "narrow", "swapaxes")),
+        *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
+    ]
+)
+"""They change shape or type and save no tensor, so their part of the graph can be run as often as needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What a call that can be split is called with.
+
+    Attributes: ``inputs``, (place or name, tensor) of the arguments that require a gradient and are no weights;
+    ``parameters``, the leaves behind its weights, each once.
+    """
+
+    inputs: tuple[tuple[int | str, Tensor], ...]
+    parameters: tuple[Tensor, ...]
+
+
+def find_operands(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], places: _Places | None = None
+) -> Operands | None:
+    """What a call would be split into, or None where it stays whole.
+
+    Whole stay calls without a trainable weight, weights with hooks (which would see their gradient at another time),
+    tensor subclasses, and an embedding that renormalises its weight.
+    """
+    places = _SPLIT.get(func) if places is None else places
+    if places is None or not any(parameters_behind(_argument(args, kwargs, *place)) for place in places):
+        return None
+    if func is F.embedding and (kwargs.get("max_norm") is not None or len(args) > 3 and args[3] is not None):
+        return None
+    inputs: list[tuple[int | str, Tensor]] = []
+    parameters: dict[int, Tensor] = {}
+    for place, argument in (*enumerate(args), *kwargs.items()):
+        if isinstance(argument, Tensor):
+            behind = parameters_behind(argument)
+            parameters.update((id(p), p) for p in behind)
+            if not behind and argument.requires_grad:
+                inputs.append((place, argument))
+        elif isinstance(argument, (list, tuple)) and any(isinstance(leaf, Tensor) for leaf in argument):
+            return None
+    return Operands(tuple(inputs), tuple(parameters.values()))
+
+
+def weights_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The trainable parameters, or views of them, among a call's arguments, whatever the function."""
+    leaves = [*pytree.tree_leaves(args), *pytree.tree_leaves(kwargs)] if args or kwargs else []
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and (is_parameter(leaf) or _behind_view(leaf))]
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether this is a trainable parameter itself."""
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_leaf
+
+
+def parameters_behind(argument: Any) -> tuple[Tensor, ...]:
+    """The parameter that an argument is, or is a view of, if its gradient may wait; else nothing."""
+    if not isinstance(argument, Tensor):
+        return ()
+    found = (argument,) if is_parameter(argument) else _behind_view(argument)
+    return () if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in found) else found
+
+
+def mark_views(func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
+    """Notes on views and casts of a parameter whose they are."""
+    if func in _VIEWS and args and isinstance(args[0], Tensor) and (found := parameters_behind(args[0])):
+        for view in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(view, Tensor) and view.requires_grad and not view.is_leaf:
+                view._raypipe_weight = found  # type: ignore[attr-defined]
+
+
+def _behind_view(tensor: Tensor) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = getattr(tensor, "_raypipe_weight", ())
+    return found
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name)
