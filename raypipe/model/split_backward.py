@@ -5,8 +5,8 @@ Zero-bubble schedules (Qi et al., "Zero Bubble Pipeline Parallelism", 2024) need
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ class SplitBackward(TorchFunctionMode):
     the first half. Either way the gradients are the bits of a whole backward; ``WeightQueue`` says where the last ones
     differ.
 
-    What PyTorch compiled is out of its sight and stays whole, and ``torch.autograd.grad`` gets what it asks for.
+    What ``torch.compile`` compiled is out of its sight and stays whole. ``torch.autograd.grad`` gets what it asks for,
+    and nothing of it waits. What waits is kept until ``drain``: a call's saved tensors, such as a layer's input, and
+    the gradient of its result.
 
     Args:
         queue: of this microbatch.
@@ -53,6 +55,8 @@ class SplitBackward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         opened = _OPENED.get(func)
         if opened is not None:
             with self:
@@ -71,14 +75,17 @@ class SplitBackward(TorchFunctionMode):
 def _open(func: Any) -> Any:
     """A function of PyTorch's as it is, but without its question whether a mode wants it whole."""
     never = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}
-    made = types.FunctionType(
+    made = FunctionType(
         func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__, func.__closure__
     )
     made.__kwdefaults__ = func.__kwdefaults__
     return made
 
 
-_OPENED = {func: _open(func) for func in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.grad)}
+_OPENED = {
+    func: _open(func)
+    for func in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+}
 """What they call is seen: linear layers inside attention, and a checkpoint's forward inside a backward."""
 
 
@@ -97,7 +104,7 @@ class Splittable:
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
         result: Tensor
         if torch.overrides.has_torch_function((input, weight)):
-            result = handle_torch_function(self, (input, weight), input, weight)  # type: ignore[no-untyped-call]
+            result = handle_torch_function(self, (input, weight), input, weight)
         else:
             result = _Pair.apply(self, input, weight)  # type: ignore[no-untyped-call]
         return result

@@ -29,7 +29,7 @@ def call_in_halves(
     """The call's result; in its backward, gradients of ``operands.parameters`` go on the queue."""
     call = _Call(queue, func, list(args), dict(kwargs), [place for place, _ in operands.inputs])
     inputs = [tensor for _, tensor in operands.inputs]
-    result: Tensor = _InHalves.apply(call, *inputs, *operands.parameters)  # type: ignore[no-untyped-call]
+    result: Tensor = _InHalves.apply(call, *inputs, *operands.parameters)
     return result
 
 
@@ -119,15 +119,15 @@ class _InHalves(torch.autograd.Function):
         return result.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:
             return (None,) * (1 + len(ctx.entries) + len(ctx.parameters))
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the model asks for the gradient of a gradient (create_graph=True), which a backward in two halves does "
-                "not have; take a schedule with whole backwards, such as '1f1b'"
+                "the model asks for the gradient of a gradient (create_graph=True), which a backward in two halves "
+                "does not have; take a schedule with whole backwards, such as '1f1b'"
             )
-        keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()
         ctx.saved.tensors = ctx.saved_tensors
         edge: GradientEdge = ctx.edge
         inputs = run_backward([edge], [gradient], ctx.entries, keep=True) if ctx.entries else ()

@@ -67,16 +67,17 @@ def find_operands(
     """What a call would be split into, or None where it stays whole.
 
     Whole stay calls without a trainable weight, weights with hooks (which would see their gradient at another time),
-    tensor subclasses, and an embedding that renormalises its weight.
+    an embedding that renormalises its weight, and a group norm of channels last.
     """
     places = _SPLIT.get(func) if places is None else places
     if places is None or not any(parameters_behind(_argument(args, kwargs, *place)) for place in places):
         return None
-    if func is F.embedding and (kwargs.get("max_norm") is not None or len(args) > 3 and args[3] is not None):
+    if func in _EXCEPT and _EXCEPT[func](args, kwargs):
         return None
     inputs: list[tuple[int | str, Tensor]] = []
     parameters: dict[int, Tensor] = {}
-    for place, argument in (*enumerate(args), *kwargs.items()):
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, argument in given:
         if isinstance(argument, Tensor):
             behind = parameters_behind(argument)
             parameters.update((id(p), p) for p in behind)
@@ -112,6 +113,21 @@ def mark_views(func: Callable[..., Any], args: Sequence[Any], result: Any) -> No
         for view in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(view, Tensor) and view.requires_grad and not view.is_leaf:
                 view._raypipe_weight = found  # type: ignore[attr-defined]
+
+
+def _renormalises(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return _argument(args, kwargs, 3, "max_norm") is not None
+
+
+def _is_channels_last(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the input may be taken for one; PyTorch 2.13 on a CPU crashes where only its weights' gradients are asked
+    for."""
+    x: Tensor = _argument(args, kwargs, 0, "input")
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+
+
+_EXCEPT: dict[Any, Callable[..., bool]] = {F.embedding: _renormalises, F.group_norm: _is_channels_last}
 
 
 def _behind_view(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """Weight gradients that wait: what a backward left undone, and the one pass that does it.
 
-Zero-bubble schedules (Qi et al., "Zero Bubble Pipeline Parallelism", 2024) run a backward in two halves: the gradient of
-a chunk's input at once, since the stage before it waits for that, and the gradients of the weights when there is time.
+Zero-bubble schedules (Qi et al., "Zero Bubble Pipeline Parallelism", 2024) run a backward in two halves: the gradient
+of a chunk's input at once, since the stage before it waits for that, and the gradients of weights when there is time.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def run_backward(
     This is ``torch.autograd.grad`` (or, with ``accumulate``, ``backward``) without the 50 microseconds of its Python,
     and out of sight of modes, so that it may run inside a backward once for each layer.
     """
-    made: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+    made: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
         tuple(edges),
         tuple(gradients),
         keep,
