@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES
 from pipes import SEEDS
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -371,28 +372,36 @@ def test_without_grad_mode_nothing_is_left() -> None:
 def test_what_only_the_input_half_needs_is_freed_there() -> None:
     """A linear layer's weight half needs its input and its result's gradient: nothing of what is between layers."""
     model = nn.Sequential(nn.Linear(W, 50), nn.GELU(), nn.Linear(50, W))
-    freed: list[str] = []
     queue, x = WeightQueue(), leaf(noise(4, W))
     with SplitBackward(queue):
         before_gelu = model[0](x)
         hidden = F.gelu(before_gelu)
-        for name, tensor in (("before", before_gelu), ("hidden", hidden)):
-            weakref_of_memory(tensor, name, freed)
+        memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in (before_gelu, hidden)]
         loss = some(model[2], hidden)
-        del before_gelu, hidden, tensor
-        assert freed == []
+        del before_gelu, hidden
+        assert [part.expired() for part in memory] == [False, False]
         loss.backward()  # type: ignore[no-untyped-call]
-    assert freed == ["before"]
+    assert [part.expired() for part in memory] == [True, False]
     queue.drain()
-    assert freed == ["before", "hidden"]
+    assert [part.expired() for part in memory] == [True, True]
 
 
-def weakref_of_memory(tensor: Tensor, name: str, freed: list[str]) -> None:
-    import weakref
+def test_a_checkpoint_keeps_nothing_of_what_it_runs_again() -> None:
+    """As without halves: an input's stand-in must not hold its memory."""
+    kept: list[StorageWeakRef] = []
 
-    weakref.finalize(tensor.untyped_storage(), freed.append, name)
+    def block(x: Tensor) -> Tensor:
+        hidden = torch.tanh(x)
+        kept.append(StorageWeakRef(hidden.untyped_storage()))
+        return F.linear(hidden, weight(W, W))
+
+    with SplitBackward(WeightQueue()):
+        y = checkpoint(block, leaf(noise(4, W)), use_reentrant=False)
+    assert kept[0].expired()
+    assert y.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "bert_masked", "albert", "t5", "whisper", "vit"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_hugging_face_families(name: str, checkpointing: bool) -> None:

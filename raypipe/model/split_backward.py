@@ -52,6 +52,7 @@ class SplitBackward(TorchFunctionMode):
     def __init__(self, queue: WeightQueue) -> None:
         super().__init__()
         self._queue = queue
+        self._origin = torch.empty(0, requires_grad=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -61,12 +62,12 @@ class SplitBackward(TorchFunctionMode):
         if opened is not None:
             with self:
                 return opened(*args, **kwargs)
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return func(*args, **kwargs)
         places = ((1, "weight"),) if type(func) is Splittable else None
         operands = find_operands(func, args, kwargs, places)
         if operands is not None:
-            return call_in_halves(self._queue, func, args, kwargs, operands)
+            return call_in_halves(self._queue, func, args, kwargs, operands, self._origin)
         result = func(*args, **kwargs)
         mark_views(func, args, result)
         return result

@@ -24,12 +24,24 @@ __all__ = ["asked_for", "call_in_halves"]
 
 
 def call_in_halves(
-    queue: WeightQueue, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], operands: Operands
+    queue: WeightQueue,
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    operands: Operands,
+    origin: Tensor,
 ) -> Tensor:
-    """The call's result; in its backward, gradients of ``operands.parameters`` go on the queue."""
-    call = _Call(queue, func, list(args), dict(kwargs), [place for place, _ in operands.inputs])
+    """The call's result; in its backward, gradients of ``operands.parameters`` go on the queue.
+
+    Args:
+        queue: for these gradients.
+        func: called with ``args`` and ``kwargs``; to return one tensor.
+        operands: what of these requires a gradient.
+        origin: any leaf that requires a gradient, for the graph of the inputs' stand-ins to end in.
+    """
+    call = _Call(queue, func, list(args), dict(kwargs), [place for place, _ in operands.inputs], origin)
     inputs = [tensor for _, tensor in operands.inputs]
-    result: Tensor = _InHalves.apply(call, *inputs, *operands.parameters)
+    result: Tensor = _run(call, *inputs, *operands.parameters)
     return result
 
 
@@ -40,6 +52,7 @@ class _Call:
     args: list[Any]
     kwargs: dict[str, Any]
     places: list[int | str]
+    origin: Tensor
 
 
 class _Wanted(enum.Enum):
@@ -101,10 +114,9 @@ class _InHalves(torch.autograd.Function):
         entries = []
         saved = _Saved()
         with torch.enable_grad():
-            origin = torch.empty(0, requires_grad=True)
             for place, tensor in zip(call.places, tensors, strict=False):
-                entry = _Entry.apply(origin, tensor.detach())  # type: ignore[no-untyped-call]
-                entries.append(get_gradient_edge(entry))
+                entry = _enter(call.origin, tensor.detach())
+                entries.append(GradientEdge(entry.grad_fn, 0))
                 if isinstance(place, int):
                     call.args[place] = entry
                 else:
@@ -128,7 +140,8 @@ class _InHalves(torch.autograd.Function):
                 "does not have; take a schedule with whole backwards, such as '1f1b'"
             )
         keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-        ctx.saved.tensors = ctx.saved_tensors
+        saved = ctx.saved_tensors  # an error where they were freed
+        ctx.saved.tensors = saved
         edge: GradientEdge = ctx.edge
         inputs = run_backward([edge], [gradient], ctx.entries, keep=True) if ctx.entries else ()
         wanted = [_wanted(node) for node, _ in ctx.next_functions[len(ctx.entries) :]]
@@ -137,4 +150,11 @@ class _InHalves(torch.autograd.Function):
         later = [p for p, how in zip(ctx.parameters, wanted, strict=True) if how is _Wanted.ADDED]
         if later:
             ctx.queue.add(edge, gradient, later, keep=keep)
+        if not keep:  # the queue alone holds the small graph, and what it saved
+            ctx.edge = ctx.saved = None
         return (None, *inputs, *(given.get(id(p)) for p in ctx.parameters))
+
+
+# Without the Python around ``Function.apply``, which is for functorch's transforms; the mode is off in these.
+_enter = super(torch.autograd.Function, _Entry).apply
+_run = super(torch.autograd.Function, _InHalves).apply
