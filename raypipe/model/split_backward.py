@@ -15,13 +15,43 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from raypipe.model.split_call import asked_for, call_in_halves
-from raypipe.model.split_functions import find_operands, mark_views
+from raypipe.model.split_functions import Operands, find_operands, mark_views
 from raypipe.model.weight_queue import WeightQueue
 
-__all__ = ["SplitBackward", "Splittable", "splittable"]
+__all__ = ["SplitBackward", "SplitCalls", "Splittable", "splittable"]
 
 
-class SplitBackward(TorchFunctionMode):
+class SplitCalls(TorchFunctionMode):
+    """Sees the calls that can be split, also those inside of PyTorch's attention and of a checkpoint's second run."""
+
+    def in_halves(self, func: Any, args: Any, kwargs: dict[str, Any], operands: Operands) -> Any:
+        """A call that can be split."""
+        raise NotImplementedError
+
+    def whole(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Any other call that autograd may follow."""
+        return func(*args, **kwargs)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        opened = _OPENED.get(func)
+        if opened is not None:
+            with self:
+                return opened(*args, **kwargs)
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return func(*args, **kwargs)
+        places = ((1, "weight"),) if type(func) is Splittable else None
+        operands = find_operands(func, args, kwargs, places)
+        if operands is not None:
+            return self.in_halves(func, args, kwargs, operands)
+        result = self.whole(func, args, kwargs)
+        mark_views(func, args, result)
+        return result
+
+
+class SplitBackward(SplitCalls):
     """Leaves weight gradients on a queue.
 
     To be on around a forward and around its backward (where checkpoints run their forward again)::
@@ -54,23 +84,9 @@ class SplitBackward(TorchFunctionMode):
         self._queue = queue
         self._origin = torch.empty(0, requires_grad=True)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        opened = _OPENED.get(func)
-        if opened is not None:
-            with self:
-                return opened(*args, **kwargs)
-        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return func(*args, **kwargs)
-        places = ((1, "weight"),) if type(func) is Splittable else None
-        operands = find_operands(func, args, kwargs, places)
-        if operands is not None:
-            return call_in_halves(self._queue, func, args, kwargs, operands, self._origin)
-        result = func(*args, **kwargs)
-        mark_views(func, args, result)
-        return result
+    def in_halves(self, func: Any, args: Any, kwargs: dict[str, Any], operands: Operands) -> Any:
+        """Its backward leaves the weights."""
+        return call_in_halves(self._queue, func, args, kwargs, operands, self._origin)
 
 
 def _open(func: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-__all__ = ["Operands", "find_operands", "is_parameter", "mark_views", "parameters_behind", "weights_of"]
+__all__ = ["Operands", "find_operands", "is_view", "mark_views", "weights_of"]
 
 _Places = tuple[tuple[int, str], ...]
 
@@ -70,7 +70,7 @@ def find_operands(
     an embedding that renormalises its weight, and a group norm of channels last.
     """
     places = _SPLIT.get(func) if places is None else places
-    if places is None or not any(parameters_behind(_argument(args, kwargs, *place)) for place in places):
+    if places is None or all(_parameter_behind(_argument(args, kwargs, *place)) is None for place in places):
         return None
     if func in _EXCEPT and _EXCEPT[func](args, kwargs):
         return None
@@ -79,40 +79,49 @@ def find_operands(
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, argument in given:
         if isinstance(argument, Tensor):
-            behind = parameters_behind(argument)
-            parameters.update((id(p), p) for p in behind)
-            if not behind and argument.requires_grad:
+            behind = _parameter_behind(argument)
+            if behind is not None:
+                parameters[id(behind)] = behind
+            elif argument.requires_grad:
                 inputs.append((place, argument))
         elif isinstance(argument, (list, tuple)) and any(isinstance(leaf, Tensor) for leaf in argument):
             return None
     return Operands(tuple(inputs), tuple(parameters.values()))
 
 
-def weights_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The trainable parameters, or views of them, among a call's arguments, whatever the function."""
-    leaves = [*pytree.tree_leaves(args), *pytree.tree_leaves(kwargs)] if args or kwargs else []
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and (is_parameter(leaf) or _behind_view(leaf))]
+def weights_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The trainable parameters that are, or have a view, among the arguments of any function."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return [found for tensor in tensors if (found := _behind(tensor)) is not None]
 
 
-def is_parameter(tensor: Tensor) -> bool:
-    """Whether this is a trainable parameter itself."""
-    return isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_leaf
-
-
-def parameters_behind(argument: Any) -> tuple[Tensor, ...]:
-    """The parameter that an argument is, or is a view of, if its gradient may wait; else nothing."""
-    if not isinstance(argument, Tensor):
-        return ()
-    found = (argument,) if is_parameter(argument) else _behind_view(argument)
-    return () if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in found) else found
+def is_view(func: Callable[..., Any]) -> bool:
+    """Whether a function gives a view or a cast of its first argument, which is followed to where it is used."""
+    return func in _VIEWS
 
 
 def mark_views(func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
     """Notes on views and casts of a parameter whose they are."""
-    if func in _VIEWS and args and isinstance(args[0], Tensor) and (found := parameters_behind(args[0])):
+    if func in _VIEWS and args and isinstance(args[0], Tensor) and (found := _behind(args[0])) is not None:
         for view in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(view, Tensor) and view.requires_grad and not view.is_leaf:
-                view._raypipe_weight = found  # type: ignore[attr-defined]
+                view._raypipe_weight = (found, view._version)  # type: ignore[attr-defined]
+
+
+def _parameter_behind(argument: Any) -> Tensor | None:
+    """The parameter that an argument is, or is a view of, if its gradient may wait."""
+    found = _behind(argument) if isinstance(argument, Tensor) else None
+    if found is None or found._backward_hooks or found._post_accumulate_grad_hooks or argument._backward_hooks:
+        return None
+    return found
+
+
+def _behind(tensor: Tensor) -> Tensor | None:
+    if isinstance(tensor, nn.Parameter):
+        return tensor if tensor.requires_grad and tensor.is_leaf else None
+    marked: tuple[Tensor, int] | None = getattr(tensor, "_raypipe_weight", None)
+    # One that was changed in place since is made of more than the parameter.
+    return marked[0] if marked is not None and marked[1] == tensor._version else None
 
 
 def _renormalises(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -128,11 +137,6 @@ def _is_channels_last(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 _EXCEPT: dict[Any, Callable[..., bool]] = {F.embedding: _renormalises, F.group_norm: _is_channels_last}
-
-
-def _behind_view(tensor: Tensor) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = getattr(tensor, "_raypipe_weight", ())
-    return found
 
 
 def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
