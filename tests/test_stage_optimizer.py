@@ -94,6 +94,24 @@ def test_a_refused_batch_changes_nothing(known: bool, max_norm: float | None) ->
         assert all(p.grad is None and not p.any() for p in held.values())
 
 
+def test_without_clipping_nobody_waits_for_anothers_last_backward() -> None:
+    """The divisor is told once all losses are known; rank 0 then updates while rank 1 still has backwards to do."""
+    hub, gradients = MemoryHub(2), Gradients(owned=(("a",), ("c",)), order=("a", "c"))
+    held = parameter([2.0, 4.0]), parameter([1.0, 1.0])
+    first, last = (StageOptimizer(r, {"ac"[r]: held[r]}, gradients, sgd, None, None, 1) for r in range(2))
+    first.begin(hub.transport(0))
+    last.begin(hub.transport(1))
+    work = first.finish(hub.transport(0), 1.0)
+    assert not next(work).ready()
+    last.tell(hub.transport(1), 2.0)
+    with pytest.raises(StopIteration):
+        next(work)
+    assert held[0].tolist() == [-1.0, -2.0]
+    assert held[1].tolist() == [0.0, 0.0]
+    run_blocking(last.finish(hub.transport(1), 2.0), 1.0)
+    assert held[1].tolist() == [-0.5, -0.5]
+
+
 def made_with(make: Any, scheduler: Any = None) -> StageOptimizer:
     gradients = Gradients(owned=(("a",),), order=("a",))
     return StageOptimizer(0, {"a": parameter([1.0, 1.0])}, gradients, make, scheduler, None, None)

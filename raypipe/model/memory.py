@@ -9,7 +9,7 @@ process itself, are not in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,10 @@ class Sizes:
     unit_buffers: Mapping[str, int]
     everywhere: int = 0
 
+    def buffers(self, units: Iterable[str]) -> int:
+        """Bytes of the buffers that a process with these units holds."""
+        return sum(self.unit_buffers.get(unit, 0) for unit in set(units)) + self.everywhere
+
 
 def windows_from(sizes: Sizes, start: int) -> Iterator[Bytes]:
     """The bytes of the chunks that begin with unit call ``start``, by their length: 1, 2, ... unit calls."""
@@ -101,7 +105,7 @@ def windows_from(sizes: Sizes, start: int) -> Iterator[Bytes]:
         # A unit's buffer that is read elsewhere is small (segments, positions) and not counted twice.
         held = [sizes.parameters[name] for name in names if name in sizes.parameters]
         yield Bytes(
-            sum(p.weight for p in held) + sum(sizes.unit_buffers.get(unit, 0) for unit in units) + sizes.everywhere,
+            sum(p.weight for p in held) + sizes.buffers(units),
             sum(p.gradient for p in held),
             sum(p.optimizer for p in held),
             sum(kept.values()),

@@ -1,7 +1,7 @@
 """Where a model is cut, and what each chunk then holds.
 
-What is cut is the sequence of unit calls. A contiguous split that makes the costliest chunk as cheap as possible is
-found exactly (see split.py), by what ``balance`` says.
+What is cut is the sequence of unit calls. A contiguous split that makes the costliest stage as cheap as possible is
+found (exactly where a stage holds one chunk: split.py, split_stages.py), by what ``balance`` says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from raypipe.errors import CutError
 from raypipe.model.cost import CallTime, call_costs
 from raypipe.model.cuts import too_few_places
 from raypipe.model.recording import Recording
-from raypipe.model.split import best_split, lightest_split
+from raypipe.model.split import best_split
+from raypipe.model.split_stages import staged_split
 
 __all__ = ["Chunk", "Partition", "check_balance", "partition"]
 
@@ -72,6 +73,7 @@ def partition(
     chunks: int,
     balance: str | Sequence[int] = "flops",
     *,
+    placement: Sequence[int] | None = None,
     times: Sequence[CallTime] | None = None,
     memory: Callable[[int], NDArray[np.float64]] | None = None,
 ) -> Partition:
@@ -83,6 +85,7 @@ def partition(
         sizes: number of elements of each parameter.
         chunks: how many.
         balance: ``"flops"``, ``"parameters"``, ``"time"``, ``"memory"``, or the number of unit calls in each chunk.
+        placement: the stage of each chunk, where a stage holds several; None: one each.
         times: of each unit call, where they are to balance.
         memory: by chunk, what it would hold (see ``memory.worst_case``), where that is to balance.
 
@@ -92,10 +95,7 @@ def partition(
     """
     names = recording.names
     if chunks > len(names):
-        raise ValueError(
-            f"stages={chunks} is more than the {len(names)} units that this model can be cut into ({_some(names)}); "
-            f"use at most {len(names)} stages, or name smaller units with units=[...]"
-        )
+        raise ValueError(_too_many(chunks, len(set(placement or range(chunks))), names))
     if isinstance(balance, str):
         if chunks > len(names) - len(recording.forbidden):
             raise CutError(too_few_places(names, recording.forbidden, chunks))
@@ -103,7 +103,7 @@ def partition(
             counts = best_split(memory, len(names), chunks, recording.forbidden)
         else:
             costs = call_costs(recording, unit_parameters, sizes, balance, times)
-            counts = lightest_split(costs, chunks, recording.forbidden)
+            counts = staged_split(costs, placement or range(chunks), recording.forbidden)
     else:
         counts = _given(balance, names, chunks)
     cuts = tuple(accumulate(counts))[:-1]
@@ -140,8 +140,7 @@ def _chunks(
 
 
 def _sum(times: Iterable[CallTime]) -> CallTime:
-    listed = list(times)
-    return CallTime(sum(time.forward for time in listed), sum(time.backward for time in listed))
+    return sum(times, CallTime(0.0, 0.0))
 
 
 def _given(balance: Sequence[int], names: Sequence[str], chunks: int) -> tuple[int, ...]:
@@ -157,6 +156,16 @@ def _given(balance: Sequence[int], names: Sequence[str], chunks: int) -> tuple[i
             f"({_some(names)})"
         )
     return tuple(balance)
+
+
+def _too_many(chunks: int, stages: int, names: Sequence[str]) -> str:
+    each = chunks // stages
+    asked = f"stages={stages}" if each == 1 else f"stages={stages} with {each} chunks each"
+    most = f"use at most {len(names) // each} stages" if len(names) >= each else "use another schedule"
+    return (
+        f"{asked} is more than the {len(names)} units that this model can be cut into ({_some(names)}); {most}, or "
+        "name smaller units with units=[...]"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -47,12 +47,17 @@ class Trace:
 
 
 class Recorder:
-    """Writes the times of a program's actions."""
+    """Writes the times of a program's actions.
 
-    def __init__(self, actions: Sequence[Action]) -> None:
+    Args:
+        actions: of the program, in order.
+        started: when the step began on this rank; None: now.
+    """
+
+    def __init__(self, actions: Sequence[Action], started: float | None = None) -> None:
         self._actions = tuple(actions)
         self._times = np.zeros((len(self._actions), 3))
-        self.started = monotonic()
+        self.started = monotonic() if started is None else started
         self._peak = 0
 
     def write(self, index: int, turned: float, start: float, end: float, in_flight: int) -> None:

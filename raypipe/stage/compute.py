@@ -6,7 +6,8 @@ number of entries kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from raypipe.model.microbatch import Microbatch
 from raypipe.model.replay import Seeds
+from raypipe.model.split_backward import SplitBackward
+from raypipe.model.weight_queue import WeightQueue
 from raypipe.stage.losses import Losses
 from raypipe.stage.program import Message
 from raypipe.stage.slice import Planned, Slice
@@ -25,10 +28,12 @@ __all__ = ["ForwardComputer", "TrainComputer"]
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What a backward needs: the received tensors that collect gradients, and where gradients start."""
+    """What a backward needs: the received tensors that collect gradients, where gradients start, and where those of
+    weights wait if the backward is in two halves."""
 
     leaves: list[Tensor]
     roots: list[Tensor]
+    left: WeightQueue | None
 
 
 class _Computer:
@@ -86,6 +91,12 @@ class ForwardComputer(_Computer):
         """Never called: a schedule of forwards has no backward."""
         raise AssertionError("evaluation has no backward")
 
+    input_gradient = backward
+
+    def weight_gradient(self, chunk: int, microbatch: int) -> None:
+        """Never called either."""
+        raise AssertionError("evaluation has no backward")
+
     def _finish(self, microbatch: int, inputs: Sequence[Tensor]) -> Any:
         _, self.outputs[microbatch] = self._run(len(self._planned[microbatch].windows) - 1, microbatch, inputs)
         return self.outputs[microbatch]
@@ -101,41 +112,72 @@ class TrainComputer(_Computer):
         step: number of the step.
         first: number of the first sample of these microbatches in the whole batch.
         losses: weighs and collects the microbatches' losses, where this stage holds the last chunk.
+        split: each (chunk, microbatch) whose backward is in two halves.
     """
 
     def __init__(
-        self, piece_of: Slice, microbatches: Sequence[Microbatch], seed: int, step: int, first: int, losses: Losses
+        self,
+        piece_of: Slice,
+        microbatches: Sequence[Microbatch],
+        seed: int,
+        step: int,
+        first: int,
+        losses: Losses,
+        split: Collection[tuple[int, int]] = (),
     ) -> None:
         super().__init__(piece_of, microbatches, seed, step, first)
-        self._losses = losses
+        self._losses, self._split = losses, split
         self._kept: dict[tuple[int, int], _Kept] = {}
+        self._left: dict[tuple[int, int], WeightQueue] = {}
 
     def forward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
         """See ``executor.Computer``."""
         boundaries = self._planned[microbatch].boundaries
         leaves, inputs = boundaries[chunk].unpack(received, training=True)
+        left = WeightQueue() if (chunk, microbatch) in self._split else None
         made: list[Tensor] = []
-        if chunk == len(boundaries) - 2:
-            loss = self._losses.forward(microbatch, lambda: self._run(chunk, microbatch, inputs)[1])
-            roots = [] if loss is None else [loss]
-        else:
-            made, _ = self._run(chunk, microbatch, inputs)
-            roots = boundaries[chunk + 1].roots(made)
-        self._kept[chunk, microbatch] = _Kept(leaves, roots)
+        with _leaving(left):
+            if chunk == len(boundaries) - 2:
+                loss = self._losses.forward(microbatch, lambda: self._run(chunk, microbatch, inputs)[1])
+                roots = [] if loss is None else [loss]
+            else:
+                made, _ = self._run(chunk, microbatch, inputs)
+                roots = boundaries[chunk + 1].roots(made)
+        self._kept[chunk, microbatch] = _Kept(leaves, roots, left)
         self.in_flight += 1
         return boundaries[chunk + 1].pack(made)
 
     def backward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
         """See ``executor.Computer``."""
-        boundaries = self._planned[microbatch].boundaries
-        kept = self._kept.pop((chunk, microbatch))
-        if chunk == len(boundaries) - 2:
-            for loss in kept.roots:
-                self._losses.backward(microbatch, loss)
-        else:
-            gradients = boundaries[chunk + 1].unpack_gradients(received)
-            reached = [(root, g) for root, g in zip(kept.roots, gradients, strict=True) if g is not None]
-            if reached:
-                torch.autograd.backward([root for root, _ in reached], [gradient for _, gradient in reached])
+        gradients = self._backward(chunk, microbatch, received, self._kept.pop((chunk, microbatch)))
         self.in_flight -= 1
+        return gradients
+
+    def input_gradient(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See ``executor.Computer``."""
+        kept = self._kept.pop((chunk, microbatch))
+        if kept.left is not None:
+            self._left[chunk, microbatch] = kept.left
+        return self._backward(chunk, microbatch, received, kept)
+
+    def weight_gradient(self, chunk: int, microbatch: int) -> None:
+        """See ``executor.Computer``."""
+        self._left.pop((chunk, microbatch)).drain()
+        self.in_flight -= 1
+
+    def _backward(self, chunk: int, microbatch: int, received: Sequence[Tensor], kept: _Kept) -> Sequence[Tensor]:
+        boundaries = self._planned[microbatch].boundaries
+        with _leaving(kept.left):  # what a checkpoint runs again
+            if chunk == len(boundaries) - 2:
+                for loss in kept.roots:
+                    self._losses.backward(microbatch, loss)
+            else:
+                gradients = boundaries[chunk + 1].unpack_gradients(received)
+                reached = [(root, g) for root, g in zip(kept.roots, gradients, strict=True) if g is not None]
+                if reached:
+                    torch.autograd.backward([root for root, _ in reached], [gradient for _, gradient in reached])
         return boundaries[chunk].pack_gradients(kept.leaves)
+
+
+def _leaving(left: WeightQueue | None) -> AbstractContextManager[object]:
+    return nullcontext() if left is None else SplitBackward(left)

@@ -37,6 +37,12 @@ class Computer(Protocol):
     def backward(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
         """Takes the gradients of the boundary after the chunk, returns those of the boundary before it."""
 
+    def input_gradient(self, chunk: int, microbatch: int, received: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same, but leaves what it can of the weights' gradients for ``weight_gradient``."""
+
+    def weight_gradient(self, chunk: int, microbatch: int) -> None:
+        """What ``input_gradient`` left."""
+
 
 class Activity:
     """What a rank is doing now; written by the rank's thread, read by the one that answers questions."""
@@ -113,7 +119,10 @@ def _compute(computer: Computer, action: Action, received: Sequence[Tensor]) -> 
         return computer.forward(action.chunk, action.microbatch, received)
     if action.op is Op.BACKWARD:
         return computer.backward(action.chunk, action.microbatch, received)
-    raise ValueError(f"action {action} has op {action.op.value}, but this executor runs F and B; use 'gpipe' or '1f1b'")
+    if action.op is Op.INPUT:
+        return computer.input_gradient(action.chunk, action.microbatch, received)
+    computer.weight_gradient(action.chunk, action.microbatch)
+    return ()
 
 
 def _stage_error(program: Program, item: Item, step: int, error: Exception) -> StageError:

@@ -29,10 +29,18 @@ class Losses:
         rule: by which microbatches weigh.
         caller: finds the loss in the model's outputs.
         microbatches: of the step (of all replicas' parts, this replica's).
+        when_known: called once every microbatch's forward is done.
     """
 
-    def __init__(self, rule: LossRule, caller: Caller, microbatches: Sequence[Microbatch]) -> None:
+    def __init__(
+        self,
+        rule: LossRule,
+        caller: Caller,
+        microbatches: Sequence[Microbatch],
+        when_known: Callable[[], None] = lambda: None,
+    ) -> None:
         self._rule, self._caller, self._microbatches = rule, caller, microbatches
+        self._when_known = when_known
         self._losses: dict[int, Tensor] = {}
         self._weights: dict[int, float] = {}
         self._denominators: dict[int, tuple[float, ...]] = {}
@@ -56,6 +64,8 @@ class Losses:
         self._weights[number] = weight
         self._losses[number] = loss.detach()
         self._trains |= loss.requires_grad
+        if len(self._losses) == len(self._microbatches):
+            self._when_known()
         return loss if loss.requires_grad else None
 
     def backward(self, number: int, loss: Tensor) -> None:
@@ -89,6 +99,11 @@ class Losses:
         except BatchError as error:
             return str(error)
         return None
+
+    @property
+    def trains(self) -> bool:
+        """Whether a gradient can come from any loss so far."""
+        return self._trains
 
     def total(self) -> float:
         """What gradients are still to be divided by, once every forward is done.

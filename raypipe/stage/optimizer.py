@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raypipe.stage.protocol import RankWork
 from raypipe.stage.spec import Gradients, OptimizerMaker, SchedulerMaker
-from raypipe.transport.base import Transport
+from raypipe.transport.base import Handle, Transport
 
 __all__ = ["StageOptimizer", "Update", "global_norm"]
 
@@ -66,10 +66,35 @@ class StageOptimizer:
             (rank_ == divisor_rank) + (len(owned) if max_grad_norm is not None else 0)
             for rank_, owned in enumerate(gradients.owned)
         ]
+        # Without norms to gather, the divisor is all that is told; it is known long before the step's end.
+        self._early = max_grad_norm is None and divisor_rank is not None
+        self._told: Handle[list[Tensor]] | None = None
         self.optimizer = _checked_optimizer(make(list(self._parameters.items()))) if self._parameters else None
         self.scheduler = None
         if self.optimizer is not None and make_scheduler is not None:
             self.scheduler = _checked_scheduler(make_scheduler(self.optimizer))
+
+    def begin(self, transport: Transport) -> None:
+        """At a step's begin, before any other collective of it: gets ready to be told the divisor, where it is early.
+
+        So no rank waits for another's last backward: each updates its weights as soon as its own gradients are there.
+        """
+        self._told = None
+        if self._early and self._rank != self._divisor_rank:
+            self._told = self._tell(transport, [])
+
+    def tell(self, transport: Transport, divisor: float) -> None:
+        """On the rank that knows the divisor, as soon as it does: tells the others where that can be early.
+
+        Args:
+            transport: of this rank.
+            divisor: as ``finish`` takes it.
+        """
+        if self._early and self._told is None:
+            self._told = self._tell(transport, [float(divisor)])
+
+    def _tell(self, transport: Transport, numbers: list[float]) -> Handle[list[Tensor]]:
+        return transport.all_gather(torch.tensor(numbers, dtype=torch.float64), self._lengths)
 
     def finish(self, transport: Transport, divisor: float) -> RankWork[Update]:
         """Reduces, clips and steps.
@@ -82,10 +107,14 @@ class StageOptimizer:
         yield from self._reduce_shared(transport)
         norms = torch.stack([_norm(p) for p in self._owned]).double() if self._owned else torch.zeros(0).double()
         scale: float | None = 1.0
-        if any(self._lengths):
-            told = [float(divisor)] if self._rank == self._divisor_rank else []
-            counted = norms if self._max_norm is not None else norms[:0]
-            vector = torch.cat([torch.tensor(told, dtype=torch.float64), counted])
+        told = [float(divisor)] if self._rank == self._divisor_rank else []
+        if self._early:
+            handle = self._told or self._tell(transport, told)
+            self._told = None
+            yield handle
+            scale = self._scale(handle.result())
+        elif any(self._lengths):
+            vector = torch.cat([torch.tensor(told, dtype=torch.float64), norms])
             handle = transport.all_gather(vector, self._lengths)
             yield handle
             scale = self._scale(handle.result())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raypipe.schedule import Action, Schedule
+from raypipe.schedule import Action, Op, Schedule
 from raypipe.schedule.dry_run import Message, given_by, needed_by
 
 __all__ = ["Item", "Message", "Program", "compile_program"]
@@ -28,11 +28,16 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One stage's items in order, and for each other stage the messages that come from it, in its order."""
+    """One stage's items in order.
+
+    Attributes: ``stage``; ``items``; ``incoming``, for each other stage the messages that come from it, in its order;
+    ``split``, every (chunk, microbatch) whose backward is in two halves.
+    """
 
     stage: int
     items: tuple[Item, ...]
     incoming: Mapping[int, tuple[Message, ...]]
+    split: frozenset[tuple[int, int]] = frozenset()
 
 
 def compile_program(schedule: Schedule, stage: int) -> Program:
@@ -44,7 +49,9 @@ def compile_program(schedule: Schedule, stage: int) -> Program:
         messages = tuple(item.gives for item in sent if item.target == stage and item.gives is not None)
         if messages:
             incoming[sender] = messages
-    return Program(stage, items, incoming)
+    halves = (action for action in schedule.programs[stage] if action.op is Op.INPUT)
+    split = frozenset((action.chunk, action.microbatch) for action in halves)
+    return Program(stage, items, incoming, split)
 
 
 def _item(schedule: Schedule, action: Action) -> Item:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any, TypeVar
 
 import torch
@@ -75,20 +76,22 @@ class StageWorker:
 
     def train_step(self, step: int, batch: Wire) -> RankWork[TrainReport]:
         """One step on a batch; the whole replica's."""
+        started = monotonic()
         with self._reported(step, "batch"):
             self._activity.set(step, "batch")
             self._slice.set_training(True)
             microbatches = self._cut(unpack(batch))
-            losses = Losses(self._spec.rule, self._spec.caller, microbatches)
+            losses = Losses(self._spec.rule, self._spec.caller, microbatches, lambda: self._tell(losses))
             program = self._program(len(microbatches), True)
-            recorder = Recorder([item.action for item in program.items])
-            computer = TrainComputer(self._slice, microbatches, self._spec.seed, step, 0, losses)
+            self._optimizer.begin(self._channels())
+            recorder = Recorder([item.action for item in program.items], started)
+            computer = TrainComputer(self._slice, microbatches, self._spec.seed, step, 0, losses, program.split)
         yield from execute(program, computer, self._channels(), self._ranks, recorder, self._activity, step)
         with self._reported(step, "optimizer"):
             self._activity.set(step, "optimizer")
             refused = losses.refusal() if self._is_last else None
             divisor = losses.total() if self._is_last and refused is None else 1.0
-            told = 0.0 if refused is not None or losses.divisor == 0 else divisor
+            told = _told(losses, refused, divisor)
             update = yield from self._waiting(self._optimizer.finish(self._channels(), told), step)
             loss = losses.loss() if self._is_last and refused is None else None
             yield from self._waiting(self._flush(), step)
@@ -147,6 +150,12 @@ class StageWorker:
         if self._transport is not None:
             self._transport.close()
 
+    def _tell(self, losses: Losses) -> None:
+        """Every loss of the step is known: what its gradients are divided by can go to the other ranks."""
+        if self._is_last and losses.trains:  # else the step's end says what is wrong
+            refused = losses.refusal()
+            self._optimizer.tell(self._channels(), _told(losses, refused, losses.total() if refused is None else 1.0))
+
     def _flush(self) -> RankWork[None]:
         yield self._channels().flush()
 
@@ -201,3 +210,8 @@ class StageWorker:
             raise
         except Exception as error:
             raise StageError(self._stage, word, step, error) from error
+
+
+def _told(losses: Losses, refused: str | None, divisor: float) -> float:
+    """What the optimizers are told: the divisor, or 0 for a batch whose gradients are thrown away."""
+    return 0.0 if refused is not None or losses.divisor == 0 else divisor
