@@ -17,6 +17,7 @@ from raypipe.data.wire import pack, unpack
 from raypipe.driver.gang import Gang, Pending
 from raypipe.driver.metrics import average, step_metrics, tokens_in
 from raypipe.errors import BatchError, StageError
+from raypipe.observe.history import History
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.spec import Gradients
 
@@ -38,12 +39,14 @@ class Controller:
 
     Attributes:
         reports: of the last step that was taken, by rank.
+        history: the traces of the last steps.
         step: number of the next step.
     """
 
     def __init__(self, gang: Gang, gradients: Gradients, admit: Callable[[Any], None]) -> None:
         self._gang, self._gradients, self._admit = gang, gradients, admit
         self.reports: list[TrainReport] = []
+        self.history = History()
         self.step = 0
 
     def train(
@@ -150,6 +153,7 @@ class Controller:
 
     def _metrics(self, pending: Pending, tokens: int | None) -> dict[str, Any]:
         self.reports = self._gang.wait(pending)
+        self.history.add([report.trace for report in self.reports])
         self.step = pending.step + 1
         refused = next((report.refused for report in self.reports if report.refused), None)
         if refused is not None:
