@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,18 +18,18 @@ from raypipe.model.call import Caller
 from raypipe.model.cost import CallTime
 from raypipe.model.husk import names_of
 from raypipe.model.memory import Bytes, ParameterBytes, Sizes, windows_from
-from raypipe.model.partition import Partition
+from raypipe.model.partition import Chunk, Partition
 from raypipe.model.record import record
 from raypipe.model.recording import Recording
 from raypipe.model.saved import Saved
 from raypipe.model.seeds import kept_state
 from raypipe.model.twin import Twin
 from raypipe.options import Options
-from raypipe.schedule import Op, Schedule
+from raypipe.schedule import Costs, Op, Schedule
 from raypipe.stage.inbox import AHEAD
 from raypipe.stage.state_bytes import state_bytes
 
-__all__ = ["StagePlan", "in_flight", "observed", "sizes_of", "stage_plans"]
+__all__ = ["StagePlan", "costs_of", "in_flight", "observed", "sizes_of", "stage_plans"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,10 @@ class StagePlan:
         weights_bytes: of its parameters and buffers.
         gradients_bytes: of its trainable parameters.
         optimizer_bytes: of the optimizer's state, or None where the optimizer could not be tried without data.
-        activations_bytes: kept for the backward of one microbatch.
-        peak_in_flight: the most microbatches at one time whose forward has begun and whose backward has not ended.
+        activations_bytes: kept for the backward of one microbatch, by all of its chunks.
+        peak_in_flight: the most microbatches at one time whose forward has begun and whose backward has not ended, once
+            for each chunk that holds one.
+        peak_activations_bytes: kept at one time, at most.
         received_bytes: buffers of the receives that are posted ahead.
         forward_flops: of one microbatch.
         backward_flops: of one microbatch.
@@ -59,6 +62,7 @@ class StagePlan:
     optimizer_bytes: int | None
     activations_bytes: int
     peak_in_flight: int
+    peak_activations_bytes: int
     received_bytes: int
     forward_flops: int
     backward_flops: int
@@ -69,7 +73,7 @@ class StagePlan:
     def total_bytes(self) -> int:
         """All of it at the peak; what an action needs only while it runs, and the process itself, come on top."""
         own = self.weights_bytes + self.gradients_bytes + (self.optimizer_bytes or 0)
-        return own + self.activations_bytes * self.peak_in_flight + self.received_bytes
+        return own + self.peak_activations_bytes + self.received_bytes
 
 
 def observed(twin: Twin, caller: Caller, batch: Any, *, training: bool) -> tuple[Recording, Saved | None]:
@@ -154,33 +158,75 @@ def stage_plans(
     """
     edges = (0, *partition.cuts, len(sizes.recording.calls))
     held = [list(windows_from(sizes, a))[b - a - 1] for a, b in pairwise(edges)]
-    peaks = in_flight(schedule)
+    flights = in_flight(schedule)
+    kept = _peak_activations(schedule, [each.activations for each in held])
     made = []
-    for stage in range(schedule.stages):
+    for stage, at_once in enumerate(schedule.simulate().peak_in_flight):
         own = [number for number in range(schedule.chunks) if schedule.stage_of(number) == stage]
         chunks = [partition.chunks[number] for number in own]
-        size = [held[number] for number in own]
         times = [chunk.time for chunk in chunks if chunk.time is not None]
-        # Of several chunks the larger one counts for each microbatch that either has in flight.
-        activations = max(each.activations for each in size)
+        units = tuple(unit for chunk in chunks for unit in chunk.units)
+        names = {name for chunk in chunks for name in chunk.parameters}
+        parameters = [sizes.parameters[name] for name in names]
         made.append(
             StagePlan(
                 stage,
-                tuple(unit for chunk in chunks for unit in chunk.units),
-                sum(counts[name] for name in {name for chunk in chunks for name in chunk.parameters}),
-                sum(each.weights for each in size),
-                sum(each.gradients for each in size),
-                sum(each.optimizer for each in size) if state_known else None,
-                activations,
-                sum(peaks[number] for number in own),
-                sum(_ahead(held[number], peaks[number]) for number in own),
+                units,
+                sum(counts[name] for name in names),
+                sum(p.weight for p in parameters) + sizes.buffers(units),
+                sum(p.gradient for p in parameters),
+                sum(p.optimizer for p in parameters) if state_known else None,
+                sum(held[number].activations for number in own),
+                at_once,
+                kept[stage],
+                sum(_ahead(held[number], flights[number]) for number in own),
                 sum(chunk.flops for chunk in chunks),
                 sum(chunk.backward_flops for chunk in chunks),
                 sum(chunk.boundary_bytes for chunk in chunks),
-                CallTime(sum(t.forward for t in times), sum(t.backward for t in times)) if times else None,
+                sum(times, CallTime(0.0, 0.0)) if times else None,
             )
         )
     return tuple(made)
+
+
+def costs_of(chunks: Sequence[Chunk], latency: float = 0.0, bandwidth: float | None = None) -> Costs:
+    """What the chunks of a cut cost: seconds where they were measured, else FLOPs over the mean forward, else alike.
+
+    Half of a backward whose halves were not measured is for the weights.
+    """
+    timed = [chunk.time for chunk in chunks if chunk.time is not None]
+    if len(timed) == len(chunks):
+        halved = any(time.input or time.weight for time in timed)
+        return Costs(
+            forward=tuple(time.forward for time in timed),
+            backward=tuple(time.backward for time in timed),
+            input=tuple(time.input if halved else time.backward / 2 for time in timed),
+            weight=tuple(time.weight if halved else time.backward / 2 for time in timed),
+            latency=latency,
+            bandwidth=bandwidth,
+            boundary_bytes=tuple(float(chunk.boundary_bytes) for chunk in chunks[:-1]),
+        )
+    if not any(chunk.flops for chunk in chunks):
+        return Costs()
+    mean = sum(chunk.flops for chunk in chunks) / len(chunks)
+    backward = tuple(chunk.backward_flops / mean for chunk in chunks)
+    half = tuple(each / 2 for each in backward)
+    return Costs(tuple(chunk.flops / mean for chunk in chunks), backward, half, half)
+
+
+def _peak_activations(schedule: Schedule, of_chunk: Sequence[int]) -> list[int]:
+    """For each stage the most bytes that it keeps at one time: from a forward to the end of its backward."""
+    peaks = []
+    for program in schedule.programs:
+        alive = peak = 0
+        for action in program:
+            if action.op is Op.FORWARD:
+                alive += of_chunk[action.chunk]
+                peak = max(peak, alive)
+            elif action.op is not Op.INPUT:
+                alive -= of_chunk[action.chunk]
+        peaks.append(peak)
+    return peaks
 
 
 def _ahead(size: Bytes, peak: int) -> int:

@@ -45,7 +45,7 @@ def advice(plan: Plan, bubble: float) -> list[str]:
             )
     count = len(plan.stages)
     # A copy takes its microbatches one after the other: one is in flight. (A shared weight counts at each holder.)
-    need = sum(s.total_bytes - s.received_bytes - s.activations_bytes * (s.peak_in_flight - 1) for s in plan.stages)
+    need = sum(s.total_bytes - s.received_bytes - s.peak_activations_bytes + s.activations_bytes for s in plan.stages)
     copies = count if what == "machine" else 1
     if count > 1 and plan.rule is not None and plan.samples >= count and need * copies <= memory:
         sends = 2 * plan.schedule.microbatches * sum(s.sends_bytes for s in plan.stages)

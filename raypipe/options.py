@@ -14,7 +14,7 @@ from raypipe.data.adapters import OnceSource
 from raypipe.driver.resources import check_resources
 from raypipe.model.partition import check_balance
 from raypipe.model.weights import LossRule
-from raypipe.schedule import Schedule, build, names
+from raypipe.schedule import Auto, Schedule, chunks_of, names
 from raypipe.schedule.maker import ScheduleMaker
 from raypipe.stage.spec import OptimizerMaker, SchedulerMaker
 
@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 NOT_YET: Mapping[str, Any] = {
-    "chunks": None,
     "tensor_parallel": 1,
     "tensor_parallel_plan": None,
     "data_parallel": 1,
@@ -58,8 +57,9 @@ class Options:
     optimizer: OptimizerMaker = default_optimizer
     lr_scheduler: SchedulerMaker | None = None
     max_grad_norm: float | None = None
-    schedule: str | Schedule | Callable[[int, int], Schedule] = "1f1b"
+    schedule: str | Auto | Schedule | Callable[[int, int], Schedule] = "1f1b"
     microbatches: int | None = None
+    chunks: int | None = None
     microbatch_weight: str | Callable[[Any], float] | None = None
     batch_dims: Any = None
     units: Sequence[str] | None = None
@@ -76,8 +76,10 @@ class Options:
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        if self.schedule == "auto":
+            object.__setattr__(self, "schedule", Auto())
         _whole("stages", self.stages)
-        for name in ("microbatches", "threads", "evaluate_every"):
+        for name in ("microbatches", "chunks", "threads", "evaluate_every"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name))
         _whole("log_every", self.log_every)
@@ -119,8 +121,7 @@ class Options:
 
     def _check_schedule(self) -> None:
         if isinstance(self.schedule, str):
-            if self.schedule not in names():
-                build(self.schedule, 1, 1)  # raises the sentence that lists the names
+            chunks_of(self.schedule, self.chunks)
         elif isinstance(self.schedule, Schedule):
             if self.microbatches not in (None, self.schedule.microbatches):
                 raise ValueError(
@@ -128,8 +129,10 @@ class Options:
                     f"{self.schedule.microbatches}; leave microbatches out"
                 )
             self.make_schedule(self.schedule.microbatches)
-        elif not callable(self.schedule):
-            raise TypeError(f"schedule is {self.schedule!r}, but must be one of {names()}, a Schedule, or a callable")
+        elif not isinstance(self.schedule, Auto) and not callable(self.schedule):
+            raise TypeError(
+                f"schedule is {self.schedule!r}, but must be 'auto', one of {names()}, a Schedule, or a callable"
+            )
 
     @property
     def most_microbatches(self) -> int:
@@ -140,8 +143,10 @@ class Options:
 
     @property
     def make_schedule(self) -> ScheduleMaker:
-        """Makes the schedule of a number of microbatches."""
-        return ScheduleMaker(self.schedule, self.stages)
+        """Makes the schedule of a number of microbatches; where one is to be chosen, only planning knows it."""
+        if isinstance(self.schedule, Auto):
+            raise ValueError("the schedule is chosen when the model is planned; ask the plan's options")
+        return ScheduleMaker(self.schedule, self.stages, self.chunks)
 
 
 def refuse_not_yet(given: Mapping[str, Any]) -> None:

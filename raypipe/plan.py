@@ -18,7 +18,7 @@ from raypipe.model.origin import Origin
 from raypipe.model.partition import Partition
 from raypipe.model.weights import LossRule
 from raypipe.options import Options
-from raypipe.schedule import Schedule
+from raypipe.schedule import Choice, Schedule
 from raypipe.stage.spec import Gradients, PipelineSpec
 from raypipe.stage.worker import StageWorker
 from raypipe.topology import Topology
@@ -44,6 +44,7 @@ class Plan:
         calls: how many unit calls the model makes.
         origin: the model, and where its tensors come from.
         stages: what each stage holds, computes and sends.
+        choice: why the schedule is this one, where it was to be chosen.
     """
 
     topology: Topology
@@ -58,6 +59,7 @@ class Plan:
     calls: int
     origin: Origin
     stages: tuple[StagePlan, ...] = ()
+    choice: Choice | None = None
 
     @property
     def model(self) -> nn.Module:

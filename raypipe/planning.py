@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from raypipe.accounting import in_flight, observed, sizes_of, stage_plans
+from raypipe.accounting import observed
 from raypipe.checks import (
     Changes,
     refuse_changing_buffers,
@@ -16,6 +16,8 @@ from raypipe.checks import (
     refuse_untrainable,
     try_optimizers,
 )
+from raypipe.choosing import chosen
+from raypipe.cutting import Cutter
 from raypipe.data.wire import pack, unpack
 from raypipe.errors import BatchError
 from raypipe.model.build import Skeleton, make_skeleton
@@ -24,10 +26,8 @@ from raypipe.model.cost import CallTime
 from raypipe.model.husk import names_of, replace_tensors
 from raypipe.model.lent import lent
 from raypipe.model.measure import measure, runnable_copy
-from raypipe.model.memory import worst_case
 from raypipe.model.microbatch import BatchLayout, find_layout
 from raypipe.model.origin import Origin, origin_of
-from raypipe.model.partition import partition
 from raypipe.model.pretrained import Pretrained
 from raypipe.model.probe import confirm, find_rule, probe
 from raypipe.model.recording import Recording
@@ -38,7 +38,7 @@ from raypipe.model.twin import Twin
 from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
 from raypipe.plan import Plan
-from raypipe.stage.inbox import AHEAD
+from raypipe.schedule import Auto
 from raypipe.topology import Topology
 
 __all__ = ["make_plan", "planned_origin"]
@@ -75,19 +75,16 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         skeleton.model.train(training)
     if training:  # by the most microbatches that a batch may have: this one may be small
         refuse_batch_norm(skeleton.model, options.most_microbatches, options.batch_norm)
-    schedule = options.make_schedule(len(microbatches))
     twin = Twin(skeleton.model, options.units)
     changes = Changes(twin.model)
     recording, saved = observed(twin, caller, microbatches[0].batch, training=training)
-    counts = {name: p.numel() for name, p in names_of(skeleton.model)[0].items()}
-    sizes, state_known = sizes_of(skeleton, twin, recording, saved, options)
     times = None
-    if options.balance == "time":
+    if options.balance == "time" or isinstance(options.schedule, Auto):
         times = _times(origin, skeleton, caller, microbatches[0].batch, recording, options, training)
-    memory = worst_case(sizes, in_flight(schedule), AHEAD) if options.balance == "memory" else None
-    cut = partition(
-        recording, twin.unit_parameters, counts, schedule.chunks, options.balance, times=times, memory=memory
-    )
+    cutter = Cutter(skeleton, twin, recording, saved, options, times)
+    options, choice = chosen(options, len(microbatches), cutter)
+    schedule = options.make_schedule(len(microbatches))
+    cut, stages = cutter(schedule)
     if training:
         refuse_changing_buffers(changes.names(), options, skeleton.unit_buffers, cut)
     rule = _find_rule(origin, skeleton, caller, batch, layout, options) if training else None
@@ -103,7 +100,8 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         skeleton,
         len(recording.calls),
         origin,
-        stage_plans(cut, schedule, sizes, counts, state_known),
+        stages,
+        choice,
     )
     if training:
         _try_optimizers(plan)
@@ -120,14 +118,12 @@ def _times(
     training: bool,
 ) -> tuple[CallTime, ...]:
     """Each unit call's time on one microbatch; of a model without weights, each kind of unit gets its own for that."""
-    threads = options.threads or 1
+    told: dict[str, Any] = {"training": training, "halves": training and isinstance(options.schedule, Auto)}
     if origin.is_whole:
         running = runnable_copy(origin.model, training)
-        return measure(running, options.units, caller, piece, recording, threads, training=training)
-    running, with_weights = lent(skeleton, origin.tensor, recording, training)
-    return measure(
-        running, options.units, caller, piece, recording, threads, training=training, with_weights=with_weights
-    )
+    else:
+        running, told["with_weights"] = lent(skeleton, origin.tensor, recording, training)
+    return measure(running, options.units, caller, piece, recording, options.threads or 1, **told)
 
 
 def _try_optimizers(plan: Plan) -> None:

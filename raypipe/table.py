@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from raypipe.accounting import costs_of
 from raypipe.advice import advice, short
-from raypipe.schedule import Costs
+from raypipe.schedule import Op
 
 if TYPE_CHECKING:
     from raypipe.accounting import StagePlan
@@ -20,13 +21,15 @@ _WIDTH = 120
 
 def plan_table(plan: Plan) -> str:
     """What each stage computes, then what it holds, by kind; the schedule's bubble, the imbalance, and advice."""
-    simulated = plan.schedule.simulate(_example_costs(plan))
+    simulated = plan.schedule.simulate(costs_of(plan.partition.chunks))
     lines = [*_aligned(_work(plan)), "", *_aligned(_bytes(plan))]
     shared = plan.partition.shared
     if shared:
         holders = (f"{name} (chunks {', '.join(map(str, chunks))})" for name, chunks in shared.items())
         lines.append(f"shared: {', '.join(holders)}")
     lines.append(f"{plan.schedule.headline()} of {plan.samples} samples; predicted bubble {simulated.bubble:.1%}")
+    if plan.choice is not None:
+        lines += ["chosen among", *(f"  {line}" for line in str(plan.choice).splitlines())]
     lines.append(
         f"imbalance {imbalance(plan):.2f} (the slowest stage over the mean); FLOPs, times and sends are a microbatch's"
     )
@@ -35,9 +38,9 @@ def plan_table(plan: Plan) -> str:
 
 def imbalance(plan: Plan) -> float:
     """The slowest stage's cost of a microbatch over the mean stage's: 1 is even."""
-    costs = _costs(plan)
+    costs = costs_of(plan.partition.chunks).table(plan.schedule.chunks)
     totals = [0.0] * len(plan.stages)
-    for number, (forward, backward) in enumerate(costs):
+    for number, (forward, backward) in enumerate(zip(costs[Op.FORWARD], costs[Op.BACKWARD], strict=True)):
         totals[plan.schedule.stage_of(number)] += forward + backward
     return max(totals) * len(totals) / sum(totals)
 
@@ -51,7 +54,7 @@ def _work(plan: Plan) -> list[Sequence[str]]:
         rows.append(
             (
                 str(stage.stage),
-                _span(stage.units),
+                _units(plan, stage),
                 short(stage.parameters),
                 short(stage.forward_flops),
                 short(stage.backward_flops),
@@ -71,16 +74,24 @@ def _bytes(plan: Plan) -> list[Sequence[str]]:
 
 
 def _bytes_of(stage: StagePlan) -> Sequence[str]:
-    flight = f"{stage.peak_in_flight} x {short(stage.activations_bytes)}B"
+    alike = stage.peak_in_flight * stage.activations_bytes == stage.peak_activations_bytes
+    flight = f"{stage.peak_in_flight}{f' x {short(stage.activations_bytes)}B' if alike else ' of several chunks'}"
     return (
         str(stage.stage),
         f"{short(stage.weights_bytes)}B",
         f"{short(stage.gradients_bytes)}B",
         "unknown" if stage.optimizer_bytes is None else f"{short(stage.optimizer_bytes)}B",
-        f"{flight} = {short(stage.peak_in_flight * stage.activations_bytes)}B",
+        f"{flight} = {short(stage.peak_activations_bytes)}B",
         f"{short(stage.received_bytes)}B",
         f"{short(stage.total_bytes)}B",
     )
+
+
+def _units(plan: Plan, stage: StagePlan) -> str:
+    """Of each of its chunks, or of all together where that is too long."""
+    chunks = [c for number, c in enumerate(plan.partition.chunks) if plan.schedule.stage_of(number) == stage.stage]
+    text = " + ".join(_span(chunk.units) for chunk in chunks)
+    return text if len(text) <= 56 else _span(stage.units)
 
 
 def _span(units: Sequence[str]) -> str:
@@ -93,24 +104,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def _example_costs(plan: Plan) -> Costs:
-    """Costs for a simulation before anything ran: each chunk's forward and backward, over the mean forward."""
-    costs = _costs(plan)
-    mean = sum(forward for forward, _ in costs) / len(costs)
-    return Costs(
-        forward=tuple(max(forward / mean, 1e-3) for forward, _ in costs),
-        backward=tuple(max(backward / mean, 1e-3) for _, backward in costs),
-    )
-
-
-def _costs(plan: Plan) -> list[tuple[float, float]]:
-    """Forward and backward of each chunk: times where they were measured, else FLOPs, else alike."""
-    chunks = plan.partition.chunks
-    timed = [(chunk.time.forward, chunk.time.backward) for chunk in chunks if chunk.time is not None]
-    if len(timed) == len(chunks):
-        return timed
-    if any(chunk.flops for chunk in chunks):
-        return [(float(chunk.flops), float(chunk.backward_flops)) for chunk in chunks]
-    return [(1.0, 2.0) for _ in chunks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,11 +15,13 @@ from raypipe.driver.controller import Controller, data_error
 from raypipe.driver.gang import Gang
 from raypipe.driver.results import Results
 from raypipe.model.build import whole_state
+from raypipe.observe.history import History
+from raypipe.observe.report import Report
 from raypipe.options import Options, default_optimizer, not_yet, opened_sources, refuse_not_yet
 from raypipe.plan import Plan
 from raypipe.planning import make_plan, planned_origin
 from raypipe.run import Run, start
-from raypipe.schedule import Schedule
+from raypipe.schedule import Auto, Schedule
 
 if TYPE_CHECKING:
     import ray.train
@@ -49,8 +52,11 @@ class PipelineTrainer:
             beforehand once a stage with stand-ins, so that one that cannot be used is refused before anything starts.
         lr_scheduler: ``lr_scheduler(optimizer) -> LRScheduler``, stepped once a step.
         max_grad_norm: clip by the norm over all stages, shared weights counted once.
-        schedule: a name (``"gpipe"``, ``"1f1b"``), a ``Schedule``, or ``(stages, microbatches) -> Schedule``.
+        schedule: a name (``"1f1b"``, ``"interleaved_1f1b"``, ``"zbv"``, ...; docs/schedules.md), a ``Schedule``,
+            ``(stages, microbatches) -> Schedule``, or ``"auto"``: the fastest by measured times that fits the memory
+            (``schedule.Auto`` sets limits).
         microbatches: pieces that a batch is cut into; 16, at most the batch's samples.
+        chunks: chunks a stage, for schedules that interleave; None: 2 for those, else the schedule's own number.
         microbatch_weight: ``"targets"``, ``"samples"``, ``"sum"`` or ``weight(microbatch) -> float``; None: the rule
             that a probe finds to reproduce the joined loss.
         batch_dims: which dimension of which tensor is the batch, as a pytree or a dict of names; None: dimension 0.
@@ -86,8 +92,9 @@ class PipelineTrainer:
         optimizer: Callable[..., Any] = default_optimizer,
         lr_scheduler: Callable[[Any], Any] | None = None,
         max_grad_norm: float | None = None,
-        schedule: str | Schedule | Callable[[int, int], Schedule] = "1f1b",
+        schedule: str | Auto | Schedule | Callable[[int, int], Schedule] = "1f1b",
         microbatches: int | None = None,
+        chunks: int | None = None,
         microbatch_weight: str | Callable[[Any], float] | None = None,
         batch_dims: Any = None,
         units: Sequence[str] | None = None,
@@ -116,6 +123,7 @@ class PipelineTrainer:
             max_grad_norm=max_grad_norm,
             schedule=schedule,
             microbatches=microbatches,
+            chunks=chunks,
             microbatch_weight=microbatch_weight,
             batch_dims=batch_dims,
             units=units,
@@ -137,6 +145,7 @@ class PipelineTrainer:
         self._plan: Plan | None = None
         self._gang: Gang | None = None
         self._controller: Controller | None = None
+        self._history = History()
         self._closed = False
         self._cursor = Cursor(seed=seed)
         if example is not None:
@@ -256,13 +265,23 @@ class PipelineTrainer:
             "load", "load weights into the model, by its load_state_dict, before you give it to PipelineTrainer"
         )
 
-    def report(self, path: object = None) -> None:
-        """Refused: ``fit`` draws the last step as planned and as measured; the rest comes later.
+    def report(self, path: str | Path | None = None) -> Report:
+        """The last step as it was predicted and as it was measured, and where the difference went.
+
+        The prediction is the schedule played against the times of the steps before it. ``print`` shows both timelines,
+        each stage's time by cause (compute, dependency, exposed communication, stragglers, data, optimizer, driver),
+        and the largest cause in a sentence.
+
+        Args:
+            path: where to write it too: a file that ends in ``.txt`` or ``.json``.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: no step was taken, or ``path`` ends otherwise.
         """
-        raise not_yet("report", "schedule.txt in the path of fit's result has the last step as planned and as measured")
+        made = self._history.report(lambda microbatches: self.plan().options.make_schedule(microbatches))
+        if path is not None:
+            made.write(path)
+        return made
 
     def shutdown(self) -> None:
         """Ends every actor and gives back what they held, and Ray where the trainer started it. May be called twice."""
@@ -290,6 +309,7 @@ class PipelineTrainer:
         if self._controller is None:
             self._gang = start(self._plan)
             self._controller = Controller(self._gang, self._plan.gradients(), self._plan.admission())
+            self._history = self._controller.history
         return self._controller
 
     def _close_gang(self) -> None:

@@ -90,7 +90,6 @@ def test_arguments(options: dict[str, Any], kind: type[Exception], words: tuple[
 
 
 LATER = {
-    "chunks": 2,
     "tensor_parallel": 2,
     "tensor_parallel_plan": {"*": None},
     "data_parallel": 2,
@@ -115,9 +114,8 @@ def test_arguments_that_come_later(name: str) -> None:
     [
         (lambda trainer: trainer.save("here"), "state_dict"),
         (lambda trainer: trainer.load("here"), "load_state_dict"),
-        (lambda trainer: trainer.report(), "schedule.txt"),
     ],
-    ids=["save", "load", "report"],
+    ids=["save", "load"],
 )
 def test_methods_that_come_later(call: Callable[[PipelineTrainer], Any], instead: str) -> None:
     text = refusal(lambda: call(PipelineTrainer(gpt(), 2)), NotImplementedError)

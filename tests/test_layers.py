@@ -28,7 +28,10 @@ FLOORS = (  # from the top; a room imports from itself and from below, never bes
     {"__version__"},
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-ROOM_OF = {"table": "plan", "accounting": "plan", "advice": "plan"}  # one room: a plan, its numbers and its text
+ROOM_OF = {
+    **dict.fromkeys(("table", "accounting", "advice"), "plan"),  # one room: a plan, its numbers and its text
+    **dict.fromkeys(("choosing", "cutting"), "planning"),  # one room: how a plan is made
+}
 
 
 def imports(node: ast.AST, package: str, lazy: bool = False) -> Iterator[tuple[int, str, bool]]:

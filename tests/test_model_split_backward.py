@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from pipes import SEEDS
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -15,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from raypipe.model.split_backward import SplitBackward, splittable
+from raypipe.model.split_backward import SplitBackward
 from raypipe.model.weight_queue import WeightQueue
 
 Gradients = dict[str, Tensor | None]
@@ -79,7 +78,11 @@ def some(model: Any, x: Tensor) -> Tensor:
     """A loss whose gradient is no constant."""
     y = model(x)
     y = y[0] if isinstance(y, tuple) else y
-    return (y.abs() if y.is_complex() else y.square()).mul(torch.linspace(0.1, 1, y.shape[0]).view(-1, *[1] * (y.dim() - 1))).sum()
+    return (
+        (y.abs() if y.is_complex() else y.square())
+        .mul(torch.linspace(0.1, 1, y.shape[0]).view(-1, *[1] * (y.dim() - 1)))
+        .sum()
+    )
 
 
 def assert_split(model: nn.Module, given: list[Tensor], *, early: set[str] = frozenset(), loss: Any = some) -> None:  # type: ignore[assignment]
@@ -87,6 +90,8 @@ def assert_split(model: nn.Module, given: list[Tensor], *, early: set[str] = fro
     found, own_early = halves(model, loss, given)
     assert_bits(found, whole(model, loss, given))
     assert own_early == early
+
+
 class Uses(nn.Module):
     """A module that does with its own weights what a test says."""
 
@@ -112,7 +117,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear of a vector": (lambda: nn.Linear(W, 5), (W,)),
     "linear of a head": (lambda: nn.Linear(W, 5), (2, 3, 4, W)),
     "linear of nothing": (lambda: nn.Linear(W, 5), (0, W)),
-    "linear by name": (lambda: Uses(lambda m, x: F.linear(input=x, weight=m.w, bias=m.b), w=weight(5, W), b=weight(5)), (4, W)),
+    "linear by name": (
+        lambda: Uses(lambda m, x: F.linear(input=x, weight=m.w, bias=m.b), w=weight(5, W), b=weight(5)),
+        (4, W),
+    ),
     "bilinear": (lambda: Uses(lambda m, x: m.layer(x, x), layer=nn.Bilinear(W, W, 3)), (4, W)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), (2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding="valid"), (2, 4, 9, 9)),
@@ -133,7 +141,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed": (lambda: Uses(lambda m, x: x @ m.w.T, w=weight(5, W)), (4, 3, W)),
     "packed": (lambda: Uses(lambda m, x: [F.linear(x, w) for w in m.w.chunk(2)][1], w=weight(10, W)), (4, 3, W)),
     "self-attention": (lambda: Uses(lambda m, x: m.a(x, x, x), a=nn.MultiheadAttention(W, 2)), (4, 3, W)),
-    "attention across": (lambda: Uses(lambda m, x: m.a(x, x.flip(0), x.flip(0)), a=nn.MultiheadAttention(W, 2)), (4, 3, W)),
+    "attention across": (
+        lambda: Uses(lambda m, x: m.a(x, x.flip(0), x.flip(0)), a=nn.MultiheadAttention(W, 2)),
+        (4, 3, W),
+    ),
     "attention of other widths": (
         lambda: Uses(
             lambda m, x: m.a(x, x[..., :4], x[..., :5], need_weights=False),
@@ -156,8 +167,12 @@ def test_layers(name: str) -> None:
     [lambda y: y.transpose(0, 1), lambda y: y.sum().expand(4), lambda y: y[::2, 1:], lambda y: y.permute(2, 0, 1)],
     ids=["transposed", "expanded", "strided", "permuted"],
 )
-@pytest.mark.parametrize("x", [noise(3, 4, W).transpose(0, 1), noise(4, 3, 2 * W)[..., ::2]], ids=["transposed", "strided"])
-@pytest.mark.parametrize("layer", [nn.Linear(W, 5), nn.Linear(W, 5, bias=False), nn.LayerNorm(W), nn.RMSNorm(W)], ids=str)
+@pytest.mark.parametrize(
+    "x", [noise(3, 4, W).transpose(0, 1), noise(4, 3, 2 * W)[..., ::2]], ids=["transposed", "strided"]
+)
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(W, 5), nn.Linear(W, 5, bias=False), nn.LayerNorm(W), nn.RMSNorm(W)], ids=str
+)
 def test_layouts_of_inputs_and_gradients(layer: nn.Module, x: Tensor, shape: Callable[[Tensor], Tensor]) -> None:
     assert_split(layer, [x, x], loss=lambda model, x: (shape(model(x)) ** 3).sum())
 
@@ -171,7 +186,9 @@ def test_layouts_of_images(memory: torch.memory_format) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"padding_idx": 2}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=lambda options: "".join(options)
+    "options",
+    [{}, {"padding_idx": 2}, {"scale_grad_by_freq": True}, {"sparse": True}],
+    ids=lambda options: "".join(options),
 )
 def test_embeddings(options: dict[str, Any]) -> None:
     tokens = [torch.randint(0, 9, (4, 5), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

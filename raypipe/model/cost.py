@@ -12,10 +12,21 @@ __all__ = ["CallTime", "call_costs"]
 
 @dataclass(frozen=True, slots=True)
 class CallTime:
-    """Seconds of the forward and of the backward of one microbatch."""
+    """Seconds of the forward and of the backward of one microbatch; and of the backward's halves, for the input and for
+    the weights, where they were measured."""
 
     forward: float
     backward: float
+    input: float = 0.0
+    weight: float = 0.0
+
+    def __add__(self, other: CallTime) -> CallTime:
+        return CallTime(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.input + other.input,
+            self.weight + other.weight,
+        )
 
 
 def call_costs(

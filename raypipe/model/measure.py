@@ -8,9 +8,7 @@ of a model's equal blocks needs its weights at all. What runs outside of units c
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -23,12 +21,11 @@ from raypipe.model.cost import CallTime
 from raypipe.model.husk import Husk, replace_tensors
 from raypipe.model.intercept import Watch, install
 from raypipe.model.recording import Recording
-from raypipe.model.trees import held_by, tensors_in
+from raypipe.model.time_call import REPEATS, WARM_UP, fresh, median_of, timed
+from raypipe.model.trees import tensors_in
 from raypipe.model.units import find_units
 
 __all__ = ["measure", "runnable_copy"]
-
-WARM_UP, REPEATS = 1, 3
 
 
 def runnable_copy(model: nn.Module, training: bool = True) -> nn.Module:
@@ -53,6 +50,7 @@ def measure(
     threads: int,
     *,
     training: bool = True,
+    halves: bool = False,
     with_weights: Callable[[nn.Module], nn.Module] = lambda unit: unit,
 ) -> tuple[CallTime, ...]:
     """Seconds of each unit call, with what follows it outside of units, for one microbatch.
@@ -66,9 +64,10 @@ def measure(
         recording: of it.
         threads: of PyTorch meanwhile.
         training: whether there is a loss, and a backward from it.
+        halves: whether to measure the backward's halves too.
         with_weights: gives a unit to run in the place of one that has none (see ``lent``).
     """
-    stopwatch = _Stopwatch(model, recording, with_weights)
+    stopwatch = _Stopwatch(model, recording, with_weights, halves)
     switch = install(find_units(model, patterns))
     between: list[list[CallTime]] = []
     with _threads(threads):
@@ -79,13 +78,8 @@ def measure(
                 outputs = caller.outputs(model, own)
                 stopwatch.end([caller.loss_of(outputs, own)] if training else [])
             between.append(stopwatch.between)
-    return tuple(
-        CallTime(
-            inside.forward + median(run[call].forward for run in between[WARM_UP:]),
-            inside.backward + median(run[call].backward for run in between[WARM_UP:]),
-        )
-        for call, inside in enumerate(stopwatch.within)
-    )
+    kept = between[WARM_UP:]
+    return tuple(inside + median_of([run[call] for run in kept]) for call, inside in enumerate(stopwatch.within))
 
 
 class _Stopwatch(Watch):
@@ -94,10 +88,16 @@ class _Stopwatch(Watch):
     Attributes: ``within``, of each unit call; ``between``, of what followed each in the latest forward.
     """
 
-    def __init__(self, model: nn.Module, recording: Recording, with_weights: Callable[[nn.Module], nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recording: Recording,
+        with_weights: Callable[[nn.Module], nn.Module],
+        halves: bool,
+    ) -> None:
         super().__init__({id(parameter): name for name, parameter in model.named_parameters()})
         self._loose = [p for p in model.parameters() if p.requires_grad and not isinstance(p, Husk)]
-        self._with_weights = with_weights
+        self._with_weights, self._halves = with_weights, halves
         self._modules = dict(model.named_modules())
         self._flops = [recording.events[event].flops for event in recording.calls]
         self._known: dict[Any, tuple[CallTime, Any]] = {}
@@ -117,10 +117,10 @@ class _Stopwatch(Watch):
                 unit = self._with_weights(self._modules[name])
                 trained = [p for p in unit.parameters() if p.requires_grad]
                 own = call if unit is self._modules[name] else unit
-                self._known[key] = _timed(own, args, kwargs, trained)
+                self._known[key] = timed(own, args, kwargs, trained, self._halves)
             time, result = self._known[key]
             self.within.append(time)
-            result = pytree.tree_map_only(Tensor, _fresh, result)
+            result = pytree.tree_map_only(Tensor, fresh, result)
             self._sources = [t for _, t in tensors_in(result) if t.requires_grad]
             for _, tensor in tensors_in(result):
                 self.mark(tensor)
@@ -153,7 +153,7 @@ class _Stopwatch(Watch):
             start = perf_counter()
             torch.autograd.grad(roots, sources, ones, allow_unused=True, retain_graph=True)
             backward = perf_counter() - start
-        self.between.append(CallTime(self._forward, backward))
+        self.between.append(CallTime(self._forward, backward, backward))
 
     def _key(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Equal for calls that take equally long."""
@@ -168,46 +168,6 @@ class _Stopwatch(Watch):
             for leaf in leaves
         )
         return repr(module), held, modes, given, tree, self._flops[len(self.within)]
-
-
-def _timed(
-    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], trained: Sequence[Tensor]
-) -> tuple[CallTime, Any]:
-    """The time of a unit call alone, and what it returned, detached."""
-    times = []
-    for _ in range(WARM_UP + REPEATS):
-        own_args, own_kwargs = pytree.tree_map(_own, (args, kwargs))
-        sources = [*(t for _, t in tensors_in((own_args, own_kwargs)) if t.requires_grad), *trained]
-        start = perf_counter()
-        result = call(*own_args, **own_kwargs)
-        middle = perf_counter()
-        roots = [t for _, t in tensors_in(result) if t.requires_grad]
-        ones = [torch.ones_like(root) for root in roots]
-        begin = perf_counter()
-        if roots and sources:
-            torch.autograd.backward(roots, ones)  # not grad(), which reentrant checkpoints refuse
-        times.append(CallTime(middle - start, perf_counter() - begin))
-        for parameter in trained:
-            parameter.grad = None
-    kept = times[WARM_UP:]
-    forward, backward = median(time.forward for time in kept), median(time.backward for time in kept)
-    detached = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), result)
-    return CallTime(forward, backward), detached
-
-
-def _own(leaf: Any) -> Any:
-    """An argument that the call may change; a non-leaf, since autograd forbids changing a leaf in place."""
-    if isinstance(leaf, Tensor):
-        return _fresh(leaf)
-    try:
-        return copy.deepcopy(leaf, {id(t): t.detach() for t in held_by(leaf)})
-    except Exception:  # what cannot be copied is given as it is
-        return leaf
-
-
-def _fresh(tensor: Tensor) -> Tensor:
-    made = tensor.detach().clone()
-    return made.requires_grad_().view_as(made) if tensor.requires_grad else made
 
 
 @contextlib.contextmanager

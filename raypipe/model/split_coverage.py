@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -35,7 +34,9 @@ class Coverage:
     def share(self, names: Iterable[str] | None = None) -> float:
         """The share of bytes, of the parameters named or of all, that are split; 1.0 where none is trained."""
         chosen = {*self.split, *self.whole} if names is None else set(names)
-        split, whole = (sum(size for name, size in sizes.items() if name in chosen) for sizes in (self.split, self.whole))
+        split, whole = (
+            sum(size for name, size in sizes.items() if name in chosen) for sizes in (self.split, self.whole)
+        )
         return split / (split + whole) if split + whole else 1.0
 
 
@@ -56,7 +57,9 @@ def coverage(run: Callable[[], Any], named_parameters: Mapping[str, Tensor]) -> 
         names.setdefault(id(parameter), name)
     kept = {names[number]: tuple(functions) for number, functions in seen.kept.items() if number in names}
     sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in named_parameters.items()}
-    split = {names[number]: sizes[names[number]] for number in seen.split if number in names and number not in seen.kept}
+    split = {
+        names[number]: sizes[names[number]] for number in seen.split if number in names and number not in seen.kept
+    }
     return Coverage(split, {name: sizes[name] for name in kept}, kept)
 
 

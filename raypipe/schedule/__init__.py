@@ -2,13 +2,14 @@
 
 A file is a noun: ``action`` the smallest value, ``schedule`` the whole, ``check`` the rules that hold for every
 schedule, ``dry_run`` who waits for whom, ``costs`` what things take, ``simulate`` the times, ``critical_path`` why they
-are what they are, ``memory`` what is kept, ``choose`` the best of several, ``draw`` and ``csv`` the two text forms. Each
-named schedule is a pure function in a file such as ``gpipe`` or ``zbv``; ``catalog`` knows them by name.
+are so, ``memory`` what is kept, ``choose`` the best of several, ``draw`` and ``csv`` the two text forms. Each named
+schedule is a pure function in a file such as ``gpipe`` or ``zbv``; ``catalog`` knows them by name.
 """
 
 from __future__ import annotations
 
 from .action import Action, Op, Programs
+from .auto import Auto
 from .catalog import build, chunks_of, names
 from .choose import Choice, choose
 from .costs import Costs
@@ -28,6 +29,7 @@ from .zero_bubble import zb_h1, zb_h2
 
 __all__ = [
     "Action",
+    "Auto",
     "Choice",
     "Costs",
     "Op",

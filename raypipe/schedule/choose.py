@@ -15,24 +15,26 @@ from .simulate import Simulation
 __all__ = ["Choice", "Limit", "Tried", "choose"]
 
 Limit: TypeAlias = float | Sequence[float] | None
-"""Bytes that activations may take: of every stage, or a sequence with one number for each; None: without limit."""
+"""Bytes that may be kept: of every stage, or a sequence with one number for each; None: without limit."""
 
 
 @dataclass(frozen=True)
 class Tried:
     """A schedule that was played.
 
-    Attributes: ``schedule``; ``found``, its simulation; ``fits``, whether every stage's peak is within its limit.
+    Attributes: ``schedule``; ``found``, its simulation; ``bytes``, each stage's peak; ``fits``, whether all are within
+    their limits.
     """
 
     schedule: Schedule
     found: Simulation
+    bytes: tuple[float, ...]
     fits: bool
 
     @property
     def peak_bytes(self) -> float:
         """The peak of the stage that keeps the most."""
-        return max(self.found.peak_bytes)
+        return max(self.bytes)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,12 @@ class Choice:
         return "\n".join([*lines, f"{self.why()}."])
 
 
-def choose(candidates: Sequence[Schedule], costs_of: Callable[[Schedule], Costs], memory_bytes: Limit = None) -> Choice:
+def choose(
+    candidates: Sequence[Schedule],
+    costs_of: Callable[[Schedule], Costs],
+    memory_bytes: Limit = None,
+    bytes_of: Callable[[Schedule], Sequence[float]] | None = None,
+) -> Choice:
     """Plays each schedule and takes the one with the least makespan of those that fit.
 
     Of equal makespans it takes the one whose fullest stage keeps less, then the one that was given first.
@@ -98,7 +105,8 @@ def choose(candidates: Sequence[Schedule], costs_of: Callable[[Schedule], Costs]
     Args:
         candidates: at least one.
         costs_of: what a schedule costs; it may be called for schedules of different sizes.
-        memory_bytes: the limit of ``Simulation.peak_bytes``.
+        memory_bytes: the limit of each stage's peak.
+        bytes_of: each stage's peak, where it is more than the simulation's activations (weights, optimizer).
 
     Raises:
         TypeError: a limit that is no number.
@@ -110,11 +118,12 @@ def choose(candidates: Sequence[Schedule], costs_of: Callable[[Schedule], Costs]
     for schedule in candidates:
         limits = _limits(memory_bytes, schedule)
         found = schedule.simulate(costs_of(schedule))
-        over = [peak - limit for peak, limit in zip(found.peak_bytes, limits, strict=True)]
-        tried.append(Tried(schedule, found, max(over) <= 0))
+        peaks = found.peak_bytes if bytes_of is None else tuple(bytes_of(schedule))
+        over = [peak - limit for peak, limit in zip(peaks, limits, strict=True)]
+        tried.append(Tried(schedule, found, peaks, max(over) <= 0))
         if max(over) < smallest:
             smallest, stage = max(over), over.index(max(over))
-            peak, limit = _short(found.peak_bytes[stage]), _short(limits[stage])
+            peak, limit = _short(peaks[stage]), _short(limits[stage])
             closest = f"that of {schedule.headline()}, {peak} on stage {stage}, where the limit is {limit}"
     fitting = [one for one in tried if one.fits]
     if not fitting:
