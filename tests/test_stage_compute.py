@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from families import FAMILIES
 from pipes import Pipe, Stack, batch, unsplit
 from typing import Any
 
@@ -12,6 +14,9 @@ from raypipe.model.weights import LossRule, Rule
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.losses import Losses
 from raypipe.stage.program import Message
+
+
+Gradients = list[dict[str, Tensor | None]]
 
 
 def chain(model: Any, x: Tensor) -> Tensor:
@@ -101,3 +106,78 @@ def test_prediction_keeps_the_last_stages_outputs_and_no_graph() -> None:
         for number, microbatch in enumerate(microbatches):
             torch.testing.assert_close(two.outputs[number], model(**microbatch.batch))
     assert one.outputs == {}
+
+
+def in_halves(pipe: Pipe, microbatches: list[Microbatch], rule: LossRule, halves: bool) -> tuple[float, Gradients]:
+    """A step of all stages, all weight halves at its end; and every parameter's gradient."""
+    losses = Losses(rule, pipe.caller, microbatches)
+    chunks, numbers = range(len(pipe.slices)), range(len(microbatches))
+    split = [(chunk, number) for chunk in chunks for number in numbers] if halves else []
+    computers = [TrainComputer(piece, microbatches, 0, 0, 0, losses, split) for piece in pipe.slices]
+    for number in numbers:
+        message: Sequence[Tensor] = []
+        for chunk, computer in enumerate(computers):
+            message = [t.clone() for t in computer.forward(chunk, number, message)]
+    for number in numbers:
+        message = []
+        for chunk, computer in reversed(list(enumerate(computers))):
+            back = computer.input_gradient if halves else computer.backward
+            message = [t.clone() for t in back(chunk, number, message)]
+    if halves:
+        assert [computer.in_flight for computer in computers] == [len(microbatches)] * len(computers)
+        for number in numbers:
+            for chunk, computer in enumerate(computers):
+                computer.weight_gradient(chunk, number)
+    assert [computer.in_flight for computer in computers] == [0] * len(computers)
+    found = [{name: p.grad for name, p in piece.parameters.items()} for piece in pipe.slices]
+    for piece in pipe.slices:
+        for parameter in piece.parameters.values():
+            parameter.grad = None
+    return losses.loss(), found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert_masked", "albert"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_halves_of_a_replayed_model_give_the_bits_of_whole_backwards(name: str, checkpointing: bool) -> None:
+    if checkpointing and name == "albert":
+        pytest.skip("ALBERT has no checkpointing of its own")
+    model = FAMILIES[name].build(dropout=0.1)
+    if checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    given = FAMILIES[name].batch(4)
+    microbatches = find_layout(given).split(given, 2)
+    pipe = Pipe(model, microbatches[0].batch, 3)
+    rule = LossRule(Rule.TARGETS)
+    (loss, wanted), (own_loss, found) = (in_halves(pipe, microbatches, rule, halves) for halves in (False, True))
+    assert own_loss == loss
+    for theirs, own in zip(wanted, found, strict=True):
+        assert any(gradient is not None for gradient in theirs.values())
+        assert_same_bits(own, theirs)
+
+
+def test_a_microbatch_that_weighs_nothing_gives_zeros_to_weights_that_wait() -> None:
+    """As its whole backward does: AdamW moves what has a gradient of zeros, and not what has none."""
+    pipe, microbatches = stages(2)
+    for halves in (False, True):
+        losses = Losses(LossRule(lambda given: 0.0), pipe.caller, microbatches)
+        losses.divisor = 1.0
+        two = TrainComputer(pipe.slices[1], microbatches, 0, 0, 0, losses, [(1, 0)] if halves else [])
+        two.forward(1, 0, [torch.randn(s.shape) for s in two.specs(Message(0, 0, False))])
+        gradient, there = (two.input_gradient if halves else two.backward)(1, 0, [])
+        assert not gradient.any()
+        assert there.tolist() == [True]
+        if halves:
+            two.weight_gradient(1, 0)
+        for parameter in pipe.slices[1].parameters.values():
+            assert parameter.grad is not None
+            assert not parameter.grad.any()
+            parameter.grad = None
+
+
+def assert_same_bits(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        own = found[name]
+        assert (own is None) == (gradient is None), name
+        assert own is None or gradient is None or torch.equal(own, gradient), name

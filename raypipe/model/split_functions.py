@@ -30,6 +30,7 @@ _SPLIT: dict[Any, _Places] = {
         ((torch.baddbmm, Tensor.baddbmm), {"batch1": 1, "batch2": 2}),
         ((torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__), {"input": 0, "other": 1}),
         ((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), {"input": 0, "mat2": 1}),
+        ((torch._grouped_mm, F.grouped_mm), {"mat_b": 1}),
         ((torch.einsum, torch.functional.einsum), {"first": 1, "second": 2}),
     )
     for function in functions
