@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -279,6 +282,20 @@ def test_parameters_with_hooks_stay_whole() -> None:
     assert len(queue) == 0
 
 
+def test_a_cast_that_was_changed_since_stays_whole() -> None:
+    """As when a LoRA's product is added to a copy of the weight: more than the weight is behind it."""
+
+    def run(model: Any, x: Tensor) -> Tensor:
+        merged = model.w.to(torch.float64)
+        merged.add_(model.a @ model.b)
+        return F.linear(x, merged)
+
+    weights = {name: nn.Parameter(noise(*shape)) for name, shape in {"w": (W, W), "a": (W, 2), "b": (2, W)}.items()}
+    for name in ("a", "b"):
+        weights[name] = nn.Parameter(weights[name].double())
+    assert_split(Uses(run, **weights), [noise(4, W).double()] * 2, early={"w"})
+
+
 def test_parametrised_weights_stay_whole() -> None:
     model = parametrizations.weight_norm(nn.Linear(W, W, bias=False))
     names = {name for name, _ in model.named_parameters()}
@@ -372,11 +389,91 @@ def test_a_graph_that_is_kept_runs_twice() -> None:
     assert_split(nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Linear(W, W)), [noise(4, W)], loss=loss)
 
 
+def counted() -> tuple[Any, list[str]]:
+    """A product of matrices, and what of it was computed."""
+    calls: list[str] = []
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        calls.append("F")
+        return x @ w
+
+    def of_input(g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        calls.append("I")
+        return g @ w.T
+
+    def of_weight(g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        calls.append("W")
+        return x.T @ g
+
+    return splittable(product, of_input, of_weight), calls
+
+
+def test_a_function_of_ones_own_is_split_into_what_is_asked_for() -> None:
+    function, calls = counted()
+    model = Uses(lambda m, x: function(torch.tanh(function(x, m.one)), m.two), one=weight(W, W), two=weight(W, 3))
+    x = noise(4, W)
+    wanted = whole(model, some, [x])
+    assert calls == ["F", "F", "I", "W", "I", "W"]
+    calls.clear()
+    queue, x = WeightQueue(), leaf(x)
+    with SplitBackward(queue):
+        loss = some(model, x)
+    assert calls == ["F", "F"]
+    with SplitBackward(queue):
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert calls == ["F", "F", "I", "I"]
+    queue.drain()
+    assert calls == ["F", "F", "I", "I", "W", "W"]
+    assert_bits(gradients_of(model, [x]), wanted)
+
+
+@pytest.mark.parametrize(("of_input", "of_weight"), [(True, False), (False, True)])
+def test_a_function_of_ones_own_computes_no_gradient_in_vain(of_input: bool, of_weight: bool) -> None:
+    function, calls = counted()
+    x, w = noise(4, W).requires_grad_(of_input), weight(W, W).requires_grad_(of_weight)
+    queue = WeightQueue()
+    with SplitBackward(queue):
+        function(x, w).sum().backward()
+    queue.drain()
+    assert calls == ["F", "I" if of_input else "W"]
+    torch.autograd.grad(function(x * 1, w).sum(), [t for t in (x, w) if t.requires_grad])
+    assert calls[2:] == ["F", "I" if of_input else "W"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_parts_are_exact(backend: str) -> None:
+    """PyTorch's compiler takes them out of sight, so they have a whole backward."""
+    if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        pytest.skip("no C++ compiler")
+    model = nn.Sequential(nn.Linear(W, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, W), nn.Linear(W, W))
+    given = [noise(4, W, seed=seed) for seed in range(2)]
+    torch._dynamo.reset()
+    first = torch.compile(model[:4], backend=backend)
+
+    def bits(split: bool) -> Gradients:
+        model.zero_grad()
+        inputs = [leaf(x) for x in given]
+        for x in inputs:
+            queue = WeightQueue()
+            with SplitBackward(queue) if split else nullcontext():
+                loss = some(lambda y: model[4](first(y)), x)
+            with SplitBackward(queue) if split else nullcontext():
+                loss.backward()  # type: ignore[no-untyped-call]
+            assert (model[4].weight in queue.parameters()) == split
+            queue.drain()
+        return gradients_of(model, inputs)
+
+    wanted = bits(False)
+    assert_bits(bits(True), wanted)
+    torch._dynamo.reset()
+
+
 def test_a_gradient_of_a_gradient_is_refused() -> None:
     model, x = nn.Linear(W, W), leaf(noise(4, W))
     with SplitBackward(WeightQueue()):
         y = some(model, x)
-        with pytest.raises(RuntimeError, match="create_graph=True.* such as '1f1b'"):
+        with pytest.raises(RuntimeError, match=r"create_graph=True.* such as '1f1b'"):
             torch.autograd.grad(y, x, create_graph=True)
 
 

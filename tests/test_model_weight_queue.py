@@ -41,8 +41,7 @@ def test_the_sums_are_in_the_order_of_a_whole_backward() -> None:
     """Floating-point addition does not associate, so another order shows in the bits."""
     parameter, gradients = weight(), [noise(n) * 10.0 ** (n % 3) for n in range(7)]
     whole = sum((noise(n) @ parameter).mul(g).sum() for n, g in enumerate(gradients))
-    for _ in range(2):
-        (wanted,) = torch.autograd.grad(whole, parameter, retain_graph=True)  # type: ignore[arg-type]
+    (wanted,) = torch.autograd.grad(whole, parameter)  # type: ignore[arg-type]
     queue = WeightQueue()
     edges = [get_gradient_edge(noise(n) @ parameter) for n in range(7)]
     for number in (3, 6, 0, 2, 5, 1, 4):  # whatever the order in which they were left
@@ -92,9 +91,11 @@ def test_backwards_inside_a_backward_are_passes_of_their_own() -> None:
     parameter, queue = weight(), WeightQueue()
     parts = [noise(n) * 10.0**n for n in range(3)]
 
+    @torch.enable_grad()
     def leave(number: int) -> None:
         queue.add(get_gradient_edge(parameter * parts[number]), torch.ones(5, 5), [parameter])
 
+    @torch.enable_grad()
     def outer(gradient: Tensor) -> None:
         leave(0)
         inner = torch.zeros((), requires_grad=True) * 1

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from families import FAMILIES
 from pipes import Pipe, Stack, batch, unsplit
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import Tensor
 
 from raypipe.model.microbatch import Microbatch, find_layout
@@ -14,7 +14,6 @@ from raypipe.model.weights import LossRule, Rule
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.losses import Losses
 from raypipe.stage.program import Message
-
 
 Gradients = list[dict[str, Tensor | None]]
 
