@@ -41,8 +41,7 @@ def call_in_halves(
     """
     call = _Call(queue, func, list(args), dict(kwargs), [place for place, _ in operands.inputs], origin)
     inputs = [tensor for _, tensor in operands.inputs]
-    result: Tensor = _run(call, *inputs, *operands.parameters)
-    return result
+    return _run(call, *inputs, *operands.parameters)
 
 
 @dataclass(slots=True)
@@ -67,7 +66,7 @@ def _wanted(node: Any) -> _Wanted:
     if node is None:
         return _Wanted.NOT
     try:
-        return _Wanted.ADDED if torch._C._will_engine_execute_node(node) else _Wanted.NOT  # type: ignore[attr-defined]
+        return _Wanted.ADDED if torch._C._will_engine_execute_node(node) else _Wanted.NOT
     except RuntimeError:  # a leaf that torch.autograd.grad was asked about
         return _Wanted.RETURNED
 
@@ -116,6 +115,7 @@ class _InHalves(torch.autograd.Function):
         with torch.enable_grad():
             for place, tensor in zip(call.places, tensors, strict=False):
                 entry = _enter(call.origin, tensor.detach())
+                assert entry.grad_fn is not None
                 entries.append(GradientEdge(entry.grad_fn, 0))
                 if isinstance(place, int):
                     call.args[place] = entry
@@ -156,5 +156,5 @@ class _InHalves(torch.autograd.Function):
 
 
 # Without the Python around ``Function.apply``, which is for functorch's transforms; the mode is off in these.
-_enter = super(torch.autograd.Function, _Entry).apply
-_run = super(torch.autograd.Function, _InHalves).apply
+_enter: Callable[..., Tensor] = super(torch.autograd.Function, _Entry).apply
+_run: Callable[..., Tensor] = super(torch.autograd.Function, _InHalves).apply
