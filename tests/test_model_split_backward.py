@@ -165,6 +165,25 @@ def test_layers(name: str) -> None:
     assert_split(make(), [noise(*shape, seed=seed) for seed in range(3)])
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_results_that_are_changed_in_place(name: str) -> None:
+    def loss(model: Any, x: Tensor) -> Tensor:
+        y = model(torch.sin(x).mul_(2))
+        return (y[0] if isinstance(y, tuple) else y).add_(1).relu_().square().sum()  # type: ignore[no-any-return]
+
+    make, shape = LAYERS[name]
+    assert_split(make(), [noise(*shape)], loss=loss)
+
+
+def test_hooks_of_modules_see_the_gradients_of_inputs_and_results() -> None:
+    model, seen = nn.Sequential(nn.Linear(W, W), nn.Linear(W, W)), []
+    for layer in model:
+        layer.register_full_backward_hook(lambda _, inputs, outputs: seen.append((*inputs, *outputs)))
+    assert_split(model, [noise(4, W)])
+    halved, full = seen[:2], seen[2:]
+    assert all(torch.equal(a, b) for one, two in zip(halved, full, strict=True) for a, b in zip(one, two, strict=True))
+
+
 @pytest.mark.parametrize(
     "shape",
     [lambda y: y.transpose(0, 1), lambda y: y.sum().expand(4), lambda y: y[::2, 1:], lambda y: y.permute(2, 0, 1)],
