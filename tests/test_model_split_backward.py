@@ -353,6 +353,18 @@ def test_autocast_casts_as_ever(cache: bool) -> None:
     assert whole(model, loss, given)["w"].dtype is torch.float32  # type: ignore[union-attr]
 
 
+def test_under_autocast_a_leaf_is_cast_once_for_all_of_its_users() -> None:
+    """Their gradients are summed in bfloat16, so these calls stay whole."""
+
+    def loss(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model[3](torch.stack([layer(x) for layer in model[:3]]).prod(0)).float().square().sum()
+
+    model = nn.Sequential(*(nn.Linear(W, W) for _ in range(4)))
+    early = {f"{number}.{name}" for number in range(3) for name in ("weight", "bias")}
+    assert_split(model, [noise(8, W)], loss=loss, early=early)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypipe.model.microbatch import Microbatch, find_layout
+from raypipe.model.split_backward import splittable
 from raypipe.model.weights import LossRule, Rule
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.losses import Losses
@@ -180,3 +181,39 @@ def assert_same_bits(found: dict[str, Tensor | None], wanted: dict[str, Tensor |
         own = found[name]
         assert (own is None) == (gradient is None), name
         assert own is None or gradient is None or torch.equal(own, gradient), name
+
+
+def test_an_emulated_accelerator_sleeps_once_in_each_half() -> None:
+    """What a benchmark's layer does: its function runs where its schedule says, and never for a gradient in vain."""
+    slept: list[str] = []
+
+    def sleep(letter: str, result: Tensor) -> Tensor:
+        slept.append(letter)
+        return result
+
+    class Emulated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8) / 3)
+            self.compute = splittable(
+                lambda x, w: sleep("F", x @ w),
+                lambda g, x, w: sleep("I", g @ w.T),
+                lambda g, x, w: sleep("W", x.T @ g),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.compute(x, self.weight)  # type: ignore[no-any-return]
+
+    given = batch()
+    microbatches = find_layout(given).split(given, 2)
+    pipe = Pipe(Stack(chain, Emulated), microbatches[0].batch, 2)
+    slept.clear()
+    _, wanted = in_halves(pipe, microbatches, LossRule(Rule.SAMPLES), False)
+    first = "".join(slept)
+    slept.clear()
+    _, found = in_halves(pipe, microbatches, LossRule(Rule.SAMPLES), True)
+    # Four layers, two microbatches; the model's input needs no gradient, so its first layer has no input half.
+    assert "".join(slept) == "FFFF" * 2 + "III" * 2 + "WWWW" * 2
+    assert sorted(first) == sorted(slept)
+    for theirs, own in zip(wanted, found, strict=True):
+        assert_same_bits(own, theirs)

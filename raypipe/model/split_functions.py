@@ -68,7 +68,7 @@ def find_operands(
     """What a call would be split into, or None where it stays whole.
 
     Whole stay calls without a trainable weight, weights with hooks (which would see their gradient at another time),
-    an embedding that renormalises its weight, and a group norm of channels last.
+    an embedding that renormalises its weight, a group norm of channels last, and under autocast calls on a leaf.
     """
     places = _SPLIT.get(func) if places is None else places
     if places is None or all(_parameter_behind(_argument(args, kwargs, *place)) is None for place in places):
@@ -84,6 +84,8 @@ def find_operands(
             if behind is not None:
                 parameters[id(behind)] = behind
             elif argument.requires_grad:
+                if argument.is_leaf and _casts_once(argument):
+                    return None
                 inputs.append((place, argument))
         elif isinstance(argument, (list, tuple)) and any(isinstance(leaf, Tensor) for leaf in argument):
             return None
@@ -123,6 +125,15 @@ def _behind(tensor: Tensor) -> Tensor | None:
     marked: tuple[Tensor, int] | None = getattr(tensor, "_raypipe_weight", None)
     # One that was changed in place since is made of more than the parameter.
     return marked[0] if marked is not None and marked[1] == tensor._version else None
+
+
+def _casts_once(leaf: Tensor) -> bool:
+    """Whether autocast casts a leaf for all of its users together, and so sums their gradients in the lower type."""
+    return (
+        torch.is_autocast_enabled(leaf.device.type)
+        and torch.is_autocast_cache_enabled()
+        and leaf.dtype is torch.float32
+    )
 
 
 def _renormalises(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
