@@ -16,6 +16,7 @@ from raypipe.model.husk import names_of
 from raypipe.model.microbatch import BatchLayout, LayoutCache
 from raypipe.model.origin import Origin
 from raypipe.model.partition import Partition
+from raypipe.model.split_coverage import Coverage
 from raypipe.model.weights import LossRule
 from raypipe.options import Options
 from raypipe.schedule import Choice, Schedule
@@ -45,6 +46,7 @@ class Plan:
         origin: the model, and where its tensors come from.
         stages: what each stage holds, computes and sends.
         choice: why the schedule is this one, where it was to be chosen.
+        coverage: which weights' gradients wait, where the schedule has backwards in halves.
     """
 
     topology: Topology
@@ -60,6 +62,7 @@ class Plan:
     origin: Origin
     stages: tuple[StagePlan, ...] = ()
     choice: Choice | None = None
+    coverage: Coverage | None = None
 
     @property
     def model(self) -> nn.Module:

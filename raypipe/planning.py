@@ -31,6 +31,7 @@ from raypipe.model.origin import Origin, origin_of
 from raypipe.model.pretrained import Pretrained
 from raypipe.model.probe import confirm, find_rule, probe
 from raypipe.model.recording import Recording
+from raypipe.model.split_coverage import Coverage, coverage
 from raypipe.model.streamed import streaming
 from raypipe.model.streamed_gradients import streaming_gradients
 from raypipe.model.trial_run import tolerance_of
@@ -102,10 +103,17 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         origin,
         stages,
         choice,
+        _coverage(twin, caller, microbatches[0].batch) if training and schedule.in_halves else None,
     )
     if training:
         _try_optimizers(plan)
     return plan
+
+
+def _coverage(twin: Twin, caller: Caller, piece: Any) -> Coverage:
+    """Which weights' gradients wait for the second half of a backward, as the schedule wants them to."""
+    named = {name: parameter for name, parameter in twin.model.named_parameters() if parameter.requires_grad}
+    return coverage(lambda: observed(twin, caller, piece, training=False), named)
 
 
 def _times(

@@ -12,6 +12,8 @@ from raypipe.schedule import Op
 
 if TYPE_CHECKING:
     from raypipe.accounting import StagePlan
+    from raypipe.model.partition import Chunk
+    from raypipe.model.split_coverage import Coverage
     from raypipe.plan import Plan
 
 __all__ = ["imbalance", "plan_table"]
@@ -28,6 +30,8 @@ def plan_table(plan: Plan) -> str:
         holders = (f"{name} (chunks {', '.join(map(str, chunks))})" for name, chunks in shared.items())
         lines.append(f"shared: {', '.join(holders)}")
     lines.append(f"{plan.schedule.headline()} of {plan.samples} samples; predicted bubble {simulated.bubble:.1%}")
+    if plan.coverage is not None:
+        lines.append(textwrap.fill(_halves(plan.coverage, plan.partition.chunks), _WIDTH))
     if plan.choice is not None:
         lines += ["chosen among", *(f"  {line}" for line in str(plan.choice).splitlines())]
     lines.append(
@@ -69,13 +73,13 @@ def _bytes(plan: Plan) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [
         ("stage", "weights", "gradients", "optimizer", "activations in flight", "receives", "sum")
     ]
-    rows += (_bytes_of(stage) for stage in plan.stages)
+    rows += (_bytes_of(stage, plan.schedule.placement.count(stage.stage)) for stage in plan.stages)
     return rows
 
 
-def _bytes_of(stage: StagePlan) -> Sequence[str]:
+def _bytes_of(stage: StagePlan, chunks: int) -> Sequence[str]:
     alike = stage.peak_in_flight * stage.activations_bytes == stage.peak_activations_bytes
-    flight = f"{stage.peak_in_flight}{f' x {short(stage.activations_bytes)}B' if alike else ' of several chunks'}"
+    flight = f"{stage.peak_in_flight}{f' x {short(stage.activations_bytes)}B' if alike else f' in {chunks} chunks'}"
     return (
         str(stage.stage),
         f"{short(stage.weights_bytes)}B",
@@ -85,6 +89,21 @@ def _bytes_of(stage: StagePlan) -> Sequence[str]:
         f"{short(stage.received_bytes)}B",
         f"{short(stage.total_bytes)}B",
     )
+
+
+def _halves(found: Coverage, chunks: Sequence[Chunk]) -> str:
+    """Which units have parameters whose gradients do not wait, and what keeps them."""
+    text = f"backwards in halves: {found.share():.1%} of the trained weights' bytes have their gradients in W"
+    if not found.whole:
+        return text
+    units = {unit: unit for chunk in chunks for unit in chunk.units}
+    kept: dict[str, dict[str, None]] = {}
+    for name, functions in found.functions.items():
+        unit = next((unit for unit in units if name.startswith(f"{unit}.")), name)
+        kept.setdefault(unit, {}).update(dict.fromkeys(functions))
+    listed = [f"{unit} ({', '.join(functions)})" for unit, functions in kept.items()]
+    more = f", and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return f"{text}; the rest is computed in I, in {', '.join(listed[:4])}{more}"
 
 
 def _units(plan: Plan, stage: StagePlan) -> str:

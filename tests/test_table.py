@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,28 @@ def test_the_simulation_takes_what_was_counted_for_the_backward() -> None:
     plan = make_plan(model, options, (torch.rand(4, 8), torch.rand(4, 8)))
     assert [stage.backward_flops for stage in plan.stages] == [0, 0, 256]
     assert imbalance(plan) == pytest.approx(512 * 3 / 1024)
+
+
+def test_a_stage_of_several_chunks_and_what_its_halves_of_backwards_are() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.scale = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.line(x) * self.scale)
+
+    model = nn.Sequential(nn.Linear(8, 8), Scaled(), nn.Linear(8, 8), nn.Linear(8, 8))
+    options = Options(2, loss=nn.functional.mse_loss, microbatches=4, schedule="zbv", balance=[1, 1, 1, 1])
+    plan = make_plan(model, options, (torch.rand(4, 8), torch.rand(4, 8)))
+    text = str(plan)
+    assert [line[7:12] for line in text.splitlines()[2:4]] == ["0 + 3", "1 + 2"]
+    assert "4 in 2 chunks" in text
+    share = 4 * (8 * 8 + 8) / (4 * (8 * 8 + 8) + 8)
+    assert f"backwards in halves: {share:.1%} of the trained weights' bytes have their gradients in W; " in text
+    assert "the rest is computed in I, in 1 (mul)" in " ".join(text.split())
+    whole = replace(options, schedule="gpipe", balance="flops")
+    assert "halves" not in str(make_plan(model, whole, (torch.rand(4, 8), torch.rand(4, 8))))
 
 
 def test_advice_knows_when_the_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,11 @@ class Schedule:
         stage_of = {action.chunk: stage for stage, program in enumerate(self.programs) for action in program}
         return tuple(stage_of[chunk] for chunk in range(len(stage_of)))
 
+    @property
+    def in_halves(self) -> bool:
+        """Whether it has backwards in two halves, I and W."""
+        return any(action.op is Op.INPUT for program in self.programs for action in program)
+
     def stage_of(self, chunk: int) -> int:
         """The stage that holds ``chunk``.
 
