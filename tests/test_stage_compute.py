@@ -207,6 +207,7 @@ def test_an_emulated_accelerator_sleeps_once_in_each_half() -> None:
     given = batch()
     microbatches = find_layout(given).split(given, 2)
     pipe = Pipe(Stack(chain, Emulated), microbatches[0].batch, 2)
+    in_halves(pipe, microbatches, LossRule(Rule.SAMPLES), False)  # the first records, which runs functions on fakes
     slept.clear()
     _, wanted = in_halves(pipe, microbatches, LossRule(Rule.SAMPLES), False)
     first = "".join(slept)
