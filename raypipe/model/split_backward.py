@@ -68,6 +68,9 @@ class SplitBackward(SplitCalls):
     the first half. Either way the gradients are the bits of a whole backward; ``WeightQueue`` says where the last ones
     differ.
 
+    Parameters with hooks stay whole, so that their hooks see them in the backward. Hooks on autograd's own nodes (those
+    of ``DistributedDataParallel``) are not seen.
+
     What ``torch.compile`` compiled is out of its sight and stays whole. ``torch.autograd.grad`` gets what it asks for,
     and nothing of it waits. What waits is kept until ``drain``: a call's saved tensors, such as a layer's input, and
     the gradient of its result.

@@ -69,7 +69,9 @@ class WeightQueue:
         """
         passes: dict[int, list[_Left]] = {}
         for left in self._left:
-            passes[left.task] = [*passes.pop(left.task, ()), left]
+            waiting = passes.pop(left.task, [])
+            waiting.append(left)
+            passes[left.task] = waiting  # last, as far as it is known
         self._left = []
         for waiting in passes.values():
             run_backward(
