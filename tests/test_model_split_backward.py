@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from raypipe.model.split_backward import SplitBackward
+from raypipe.model.split_backward import SplitBackward, splittable
 from raypipe.model.weight_queue import WeightQueue
 
 Gradients = dict[str, Tensor | None]
