@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ __all__ = [
     "Hoard",
     "Scale",
     "Sleeper",
+    "Sleeps",
     "adamw",
     "first_mean",
     "gpt",
@@ -77,42 +78,81 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-class _Sleep(torch.autograd.Function):
-    """Sleeps in the forward and in the backward, and computes nothing."""
+class _Through(torch.autograd.Function):
+    """The way of a sleeper's input: F in the forward, I in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, width: int, forward_s: float, backward_s: float) -> Tensor:
-        ctx.backward_s, ctx.shape = backward_s, x.shape
+    def forward(ctx: Any, x: Tensor, width: int, forward_s: float, input_s: float) -> Tensor:
+        ctx.input_s, ctx.shape = input_s, x.shape
         time.sleep(forward_s)
         return x.view_as(x) if x.shape[-1] == width else x.new_zeros(len(x), width)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        time.sleep(ctx.backward_s)
-        return (
-            gradient.expand(ctx.shape) if gradient.shape == ctx.shape else gradient[:, :1],
-            gradient[0, :1],
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        time.sleep(ctx.input_s)
+        return gradient if gradient.shape == ctx.shape else gradient[:, :1], None, None, None
+
+
+class _Weigh(torch.autograd.Function):
+    """The way of a sleeper's weight: nothing in the forward, W in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, weight_s: float) -> Tensor:
+        ctx.weight_s, ctx.shape = weight_s, weight.shape
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.weight_s)
+        return gradient.new_zeros(ctx.shape), None
 
 
 class Sleeper(nn.Module):
-    """An accelerator that is emulated: gives [batch, width] after a while, and needs a while for its backward."""
+    """An accelerator that is emulated: gives [batch, width] after a while, and needs a while for either gradient.
 
-    def __init__(self, width: int, forward_s: float, backward_s: float) -> None:
+    Input and weight go two ways that meet in an addition, since what a Function of both were asked for could not be
+    told from inside it. So whoever asks for one gradient alone waits for that one alone, and a whole backward for both.
+
+    Args:
+        width: of what it gives.
+        forward_s, input_s, weight_s: seconds of the forward, of the gradient of the input and of that of the weights.
+        first: whether nothing stands before it. Then it adds a parameter to its input, as an embedding does, so that an
+            input's gradient is asked for here too.
+    """
+
+    def __init__(self, width: int, forward_s: float, input_s: float, weight_s: float, *, first: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.width, self.forward_s, self.backward_s = width, forward_s, backward_s
+        self.start = nn.Parameter(torch.zeros(1)) if first else None
+        self.width, self.forward_s, self.input_s, self.weight_s = width, forward_s, input_s, weight_s
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Sleep.apply(x, self.weight, self.width, self.forward_s, self.backward_s)
+        if self.start is not None:
+            x = x + self.start
+        through: Tensor = _Through.apply(x, self.width, self.forward_s, self.input_s)
+        return through + _Weigh.apply(self.weight, self.weight_s)
 
 
-def sleepers(count: int, forward_s: float, backward_s: float, width: int = 65536) -> nn.Sequential:
+class Sleeps(NamedTuple):
+    """Seconds that a stage sleeps for a microbatch: in its forward, for its input's and for its weights' gradient."""
+
+    forward: float
+    input: float
+    weight: float
+
+    @property
+    def backward(self) -> float:
+        """Of a whole backward."""
+        return self.input + self.weight
+
+    def shared(self, chunks: int) -> Sleeps:
+        """Of one of so many chunks of a stage."""
+        return Sleeps(*(seconds / chunks for seconds in self))
+
+
+def sleepers(count: int, sleeps: Sleeps, width: int = 65536) -> nn.Sequential:
     """Units that sleep; the boundary between two is [1, width] float32 a sample."""
-    return nn.Sequential(*(Sleeper(width, forward_s, backward_s) for _ in range(count)))
+    return nn.Sequential(*(Sleeper(width, *sleeps, first=number == 0) for number in range(count)))
 
 
 class Scale(nn.Module):
