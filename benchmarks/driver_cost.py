@@ -10,7 +10,7 @@ from statistics import median, quantiles
 from benchmarks.emulated import batch
 from benchmarks.models import first_mean, sgd, sleepers
 from benchmarks.ours import steps_of, trainer_of
-from benchmarks.peer import Task
+from benchmarks.task import Task
 from benchmarks.table import Subject, measured
 
 __all__ = ["run"]

@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.floor import message_s, overshoot_s
 from benchmarks.models import first_mean, sgd, sleepers
 from benchmarks.ours import Steps, steps_of, trainer_of
-from benchmarks.peer import Peer, Task
+from benchmarks.peer import Peer
+from benchmarks.task import Task
 from benchmarks.table import Row, Subject, measured
 from raypipe.schedule import Costs, Op, build
 

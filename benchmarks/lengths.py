@@ -10,7 +10,7 @@ from statistics import fmean, median
 
 from benchmarks.models import adamw, gpt, gpt_batch, token_loss
 from benchmarks.ours import trainer_of
-from benchmarks.peer import Task
+from benchmarks.task import Task
 from benchmarks.table import Row, Subject, measured
 from raypipe import PipelineTrainer
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import first_mean, hoards, scales
 from benchmarks.ours import trainer_of
-from benchmarks.peer import Task
+from benchmarks.task import Task
 from benchmarks.table import Row, Subject, counted, measured
 from benchmarks.witness import Note, read_witness, witness
 

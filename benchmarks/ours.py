@@ -8,7 +8,7 @@ from itertools import pairwise
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.peer import Task
+from benchmarks.task import Task
 from raypipe import PipelineTrainer
 from raypipe.observe.events import END, FROM, START, Trace
 from raypipe.schedule import Op
@@ -33,9 +33,10 @@ def trainer_of(task: Task, schedule: str = "1f1b", **options: Any) -> Iterator[P
             "schedule": schedule,
             "quiet": True,
             "run_config": RunConfig(name="benchmark", storage_path=folder),
+            **({"chunks": task.chunks} if task.chunks > 1 else {}),
             **options,
         }
-        with PipelineTrainer(task.model(), len(task.counts), **given) as trainer:
+        with PipelineTrainer(task.model(), task.stages, **given) as trainer:
             yield trainer
 
 

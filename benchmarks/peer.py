@@ -1,158 +1,97 @@
 """The peer: ``torch.distributed.pipelining`` on gloo, used as its documentation says.
 
-One process a stage, one thread each; the model is cut by hand, a ``PipelineStage`` and a schedule run it. Each step
-ends with the optimizer. The processes wait on a pipe, without using the processor, while it is not their turn.
+One process a stage, one thread each; the model is cut by hand, a ``PipelineStage`` for each chunk and a schedule run
+it. Each step ends with the optimizer.
+
+Where its schedules ask for input and weight gradients apart, torch 2.13 computes nothing in the first chunk's input
+gradient and all of the backward in its weight gradient (stage.py, ``backward_one_chunk``). So the gradients are right,
+which the benchmarks and their tests see by the losses; what it costs is the peer's own.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from multiprocessing.connection import Connection
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch import Tensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 
-__all__ = ["Peer", "Task", "Turn"]
+from benchmarks.task import Task
+from benchmarks.team import Maker, Step, Team
 
-SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
-START_TIMEOUT_S = 120.0
-TURN_TIMEOUT_S = 600.0
+__all__ = ["SCHEDULES", "Peer", "held"]
+
+_ONE: Mapping[str, Callable[..., Any]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+_SEVERAL: Mapping[str, Callable[..., Any]] = {
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "interleaved_zb": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
+SCHEDULES = (*_ONE, *_SEVERAL)
+"""The names of its schedules, which are raypipe's."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What both sides train; it can be pickled.
+class Peer(Team):
+    """The peer's processes; a context manager.
 
-    Attributes: ``model`` and ``batch`` make the same ones each time; ``counts``, how many of the model's layers each
-    stage holds.
+    Args:
+        tasks: by the name of a schedule, one of ``SCHEDULES``; all of as many stages.
     """
 
-    model: Callable[[], nn.Sequential]
-    batch: Callable[[], tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: Callable[[Any], torch.optim.Optimizer]
-    microbatches: int
-    counts: Sequence[int]
+    def __init__(self, tasks: Mapping[str, Task]) -> None:
+        super().__init__(_join, tasks)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Some steps in a row: ``starts`` of each on rank 0, when the last ended there, ``seconds`` of them all as
-    the driver saw it, and the last step's ``loss``."""
-
-    starts: list[float]
-    ended: float
-    seconds: float
-    loss: float
-
-    @property
-    def periods(self) -> list[float]:
-        """Seconds from each step's start on rank 0 to the next one's."""
-        marks = [*self.starts, self.ended]
-        return [after - before for before, after in pairwise(marks)]
+def held(name: str, rank: int, stages: int, chunks: int) -> tuple[int, ...]:
+    """The chunks that a rank holds: in loops over the ranks, or in a V."""
+    if name == "zbv":
+        return rank, 2 * stages - 1 - rank
+    return tuple(rank + loop * stages for loop in range(chunks))
 
 
-class Peer:
-    """The peer's processes; a context manager."""
-
-    def __init__(self, task: Task, schedules: Sequence[str]) -> None:
-        self._store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
-        for rank in range(len(task.counts)):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(task, tuple(schedules), rank, self._store.port, theirs), daemon=True
-            )
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        self._answers(START_TIMEOUT_S)
-
-    def run(self, schedule: str, steps: int) -> Turn:
-        """Runs steps of one schedule; all ranks begin when all are told."""
-        began = time.monotonic()
-        for pipe in self._pipes:
-            pipe.send((schedule, steps))
-        answers = self._answers(TURN_TIMEOUT_S)
-        seconds = time.monotonic() - began
-        starts, ended, _ = answers[0]
-        return Turn(starts, ended, seconds, answers[-1][2])
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for pipe in self._pipes:
-            pipe.close()  # their recv ends, and they with it
-        for process in self._processes:
-            process.join(10.0)
-            if process.is_alive():
-                process.kill()
-
-    def _answers(self, timeout_s: float) -> list[Any]:
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout_s):
-                raise TimeoutError(f"rank {rank} of the peer did not answer within {timeout_s:g} s")
-            answers.append(pipe.recv())
-        return answers
-
-
-def _serve(task: Task, schedules: Sequence[str], rank: int, port: int, pipe: Connection) -> None:
-    """A rank's process: builds its stage for each schedule, then runs what it is told."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    stages = len(task.counts)
+def _join(rank: int, stages: int, port: int) -> Maker:
     store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=stages)
-    runs = {name: _stepper(task, name, rank) for name in schedules}
-    pipe.send("ready")
-    while True:
-        try:
-            name, steps = pipe.recv()
-        except EOFError:
-            break
-        starts, loss = [], 0.0
-        for _ in range(steps):
-            starts.append(time.monotonic())
-            loss = runs[name]()
-        pipe.send((starts, time.monotonic(), loss))
-    dist.destroy_process_group()
+    return lambda name, task: _stepper(name, task, rank)
 
 
-def _stepper(task: Task, name: str, rank: int) -> Callable[[], float]:
-    """What runs one step on this rank and gives the loss, on the last one."""
-    stages, first = len(task.counts), sum(task.counts[:rank])
-    module = task.model()[first : first + task.counts[rank]].train()
-    optimizer = task.optimizer(module.parameters())
-    stage = PipelineStage(module, rank, stages, torch.device("cpu"))
-    schedule = SCHEDULES[name](stage, task.microbatches, loss_fn=task.loss)
+def _stepper(name: str, task: Task, rank: int) -> Step:
+    """What runs one step on this rank and gives the loss, where the last chunk is."""
+    chunks, last = held(name, rank, task.stages, task.chunks), len(task.counts) - 1
+    modules = [task.chunk(chunk).train() for chunk in chunks]
+    optimizer = task.optimizer([parameter for module in modules for parameter in module.parameters()])
+    schedule = _schedule(name, task, chunks, modules)
     inputs, targets = task.batch()
+    arguments = (inputs,) if 0 in chunks else ()
 
-    def step() -> float:
+    def step() -> float | None:
         losses: list[Tensor] = []
-        if rank == 0:
-            schedule.step(inputs)
-        elif rank == stages - 1:
+        if last in chunks:
             # Joining the logits of all microbatches would only cost the peer time.
-            schedule.step(target=targets, losses=losses, return_outputs=False)
+            schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
         else:
-            schedule.step()
+            schedule.step(*arguments)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(torch.stack([loss.detach() for loss in losses]).mean()) if losses else 0.0
+        return float(torch.stack([loss.detach() for loss in losses]).mean()) if losses else None
 
     return step
+
+
+def _schedule(name: str, task: Task, chunks: Sequence[int], modules: Sequence[torch.nn.Module]) -> Any:
+    stages = [
+        PipelineStage(module, chunk, len(task.counts), torch.device("cpu"))
+        for chunk, module in zip(chunks, modules, strict=True)
+    ]
+    if name in _ONE:
+        return _ONE[name](stages[0], task.microbatches, loss_fn=task.loss)
+    return _SEVERAL[name](stages, task.microbatches, loss_fn=task.loss)

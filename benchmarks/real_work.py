@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from benchmarks.models import BLOCKS, adamw, gpt, gpt_batch, token_loss
 from benchmarks.ours import last_traces, trainer_of
-from benchmarks.peer import Peer, Task
+from benchmarks.peer import Peer
+from benchmarks.task import Task
 from benchmarks.table import Row, Subject, measured
 from raypipe import PipelineTrainer
 from raypipe.observe.timeline import mean_costs
