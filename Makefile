@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check bench
@@ -44,5 +45,10 @@ check: setup ## lint, format, types, stray white space
 	@! git grep --untracked -nIE '[[:blank:]]+$$|^(<<<<<<<|>>>>>>>) ' || \
 		{ echo 'the lines above end in white space or are conflict markers; clean them'; exit 1; }
 
-bench: setup ## the benchmarks
+# DeepSpeed comes as source; nothing of it is compiled.
+$(PEERS): $(READY)
+	@DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
+	@touch $(PEERS)
+
+bench: $(PEERS) ## the benchmarks
 	@$(RUN) -m benchmarks
