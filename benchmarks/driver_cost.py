@@ -8,7 +8,7 @@ from collections.abc import Callable
 from statistics import median, quantiles
 
 from benchmarks.emulated import batch
-from benchmarks.models import first_mean, sgd, sleepers
+from benchmarks.models import Sleeps, first_mean, sgd, sleepers
 from benchmarks.ours import steps_of, trainer_of
 from benchmarks.task import Task
 from benchmarks.table import Subject, measured
@@ -16,13 +16,13 @@ from benchmarks.table import Subject, measured
 __all__ = ["run"]
 
 STAGES, MICROBATCHES, STEPS = 4, 4, 40
-FORWARD_S, BACKWARD_S = 0.003, 0.006
+SLEEPS = Sleeps(0.003, 0.003, 0.003)
 LIMIT_MS = 2.0
 
 
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
     """Many short steps of sleeping stages: each round is one ``fit``."""
-    model = functools.partial(sleepers, STAGES, FORWARD_S, BACKWARD_S, 1024)
+    model = functools.partial(sleepers, STAGES, SLEEPS, 1024)
     task = Task(model, batch, first_mean, sgd, MICROBATCHES, (1,) * STAGES)
     cpu_ms: list[float] = []
     gaps_ms: list[float] = []

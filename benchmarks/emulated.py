@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.floor import message_s, overshoot_s
-from benchmarks.models import first_mean, sgd, sleepers
-from benchmarks.ours import Steps, steps_of, trainer_of
-from benchmarks.peer import Peer
-from benchmarks.task import Task
+from benchmarks.models import Sleeps, first_mean, sgd, sleepers
+from benchmarks.ours import Steps, chunks_held, steps_of, trainer_of
+from benchmarks.peer import SCHEDULES, Peer
 from benchmarks.table import Row, Subject, measured
-from raypipe.schedule import Costs, Op, build
+from benchmarks.task import Task
+from raypipe.schedule import Costs, Op, build, names
 
-__all__ = ["batch", "run", "run_8"]
+__all__ = ["Floor", "batch", "costs_of", "run", "run_8", "run_zbv"]
 
-FORWARD_S, BACKWARD_S, BOUNDARY_BYTES, MICROBATCHES = 0.020, 0.040, 256 * 1024, 16
+SLEEPS, BOUNDARY_BYTES, MICROBATCHES = Sleeps(0.020, 0.020, 0.020), 256 * 1024, 16
 FORMULA_BARS = {4: 1.08, 8: 1.15}
-SIMULATED_BAR = 1.03
+SIMULATED_BAR, ZBV_BAR, ZBV_STAGES, ZBV_MICROBATCHES = 1.03, 0.82, 4, 8
 STEPS = 2
-PEERS = ("1f1b", "gpipe")
+IN_PARTS = ("1f1b", "zbv")
 
 
 class Floor(NamedTuple):
-    """Seconds that the machine itself takes: for a message, and over a sleep of a forward and of a backward."""
+    """Seconds that the machine itself takes: for a message, and over a sleep of a whole and of half a stage's."""
 
     message: float
-    late_f: float
-    late_b: float
+    late: float
+    late_half: float
 
     def __str__(self) -> str:
-        late = f"{1e3 * self.late_f:.2f} and {1e3 * self.late_b:.2f} ms"
-        return f"a message takes {1e3 * self.message:.2f} ms, sleeps end {late} late"
+        late = f"{1e3 * self.late:.2f} and {1e3 * self.late_half:.2f} ms"
+        return f"a message takes {1e3 * self.message:.2f} ms, sleeps of 20 and 10 ms end {late} late"
 
 
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
@@ -48,63 +49,130 @@ def run_8(rounds: int, say: Callable[[str], None]) -> Subject:
     return _run(8, rounds, say)
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """Sixteen samples of one number: what a stage receives is made by the stage before it."""
-    return torch.zeros(MICROBATCHES, 1), torch.zeros(MICROBATCHES)
-
-
-def _run(stages: int, rounds: int, say: Callable[[str], None]) -> Subject:
-    """Each round: two steps of raypipe in ``fit``, then two of each schedule of the peer.
-
-    A step is the time from its start on rank 0 to the next one's start there: whatever a user waits for is in it.
-    """
-    model = functools.partial(sleepers, stages, FORWARD_S, BACKWARD_S, BOUNDARY_BYTES // 4)
-    task = Task(model, batch, first_mean, sgd, MICROBATCHES, (1,) * stages)
-    floor = Floor(message_s(BOUNDARY_BYTES), *overshoot_s(stages, (FORWARD_S, BACKWARD_S)))
-    say(f"p={stages}: {floor}")
-    ours: list[Steps] = []
-    theirs: dict[str, list[float]] = {name: [] for name in PEERS}
-    with Peer(task, PEERS) as peer, trainer_of(task, microbatch_weight="samples") as trainer:
-        trainer.train_step(task.batch())
-        for name in PEERS:
-            peer.run(name, 1)
-        for _ in range(rounds):
-            ours.append(steps_of(trainer, STEPS))
-            for name in PEERS:
-                theirs[name] += peer.run(name, STEPS).periods
-            torch_s = ", ".join(f"torch {name} {theirs[name][-1]:.3f} s" for name in PEERS)
-            say(f"p={stages}: raypipe {ours[-1].periods[-1]:.3f} s, {torch_s}")
+def run_zbv(rounds: int, say: Callable[[str], None]) -> Subject:
+    """ZBV beside 1F1B, both raypipe's, both alive: each round is two steps of either; who goes first alternates."""
+    periods: dict[str, list[float]] = {"1f1b": [], "zbv": []}
+    what = f"p={ZBV_STAGES}, m={ZBV_MICROBATCHES}, F=I=W=20 ms: zbv over 1f1b"
+    if not set(periods) <= set(names()):
+        return Subject("Zero bubbles", [Row(what, f"not run, because names() is {', '.join(names())}", "", None)])
+    ideal = {name: build(name, ZBV_STAGES, ZBV_MICROBATCHES).simulate(costs_of(name)).makespan for name in periods}
+    with ExitStack() as stack:
+        trainers = {}
+        for name in periods:
+            task = _task(name, ZBV_STAGES, ZBV_MICROBATCHES)
+            trainers[name] = stack.enter_context(trainer_of(task, name, microbatch_weight="samples"))
+            trainers[name].train_step(task.batch())
+        for number in range(rounds):
+            for name in periods if number % 2 == 0 else reversed(periods):
+                periods[name] += steps_of(trainers[name], STEPS).periods
+            say(", ".join(f"{name} {times[-1]:.3f} s" for name, times in periods.items()))
     return Subject(
-        f"Emulated accelerators, {stages} stages", [*_rows(stages, floor, ours, theirs), *_parts(floor, ours)]
+        "Zero bubbles",
+        [
+            measured(what, [z / o for z, o in zip(periods["zbv"], periods["1f1b"], strict=True)], ZBV_BAR),
+            measured("the same, both simulated without any cost", [ideal["zbv"] / ideal["1f1b"]]),
+        ],
     )
 
 
-def _rows(stages: int, floor: Floor, ours: list[Steps], theirs: dict[str, list[float]]) -> list[Row]:
-    costs = Costs(forward=FORWARD_S + floor.late_f, backward=BACKWARD_S + floor.late_b, latency=floor.message)
-    simulated = build("1f1b", stages, MICROBATCHES).simulate(costs).makespan
-    formula = (MICROBATCHES + stages - 1) * (FORWARD_S + BACKWARD_S)
-    periods = [period for steps in ours for period in steps.periods]
-    what = f"p={stages}, m={MICROBATCHES}, stages sleep 20 and 40 ms: "
+def batch(samples: int = MICROBATCHES) -> tuple[Tensor, Tensor]:
+    """Samples of one number: what a stage receives is made by the stage before it."""
+    return torch.zeros(samples, 1), torch.zeros(samples)
+
+
+def costs_of(schedule: str, floor: Floor | None = None) -> Costs:
+    """What a chunk's actions take: its share of a stage's sleeps, each of which ends late; a whole backward has two."""
+    chunks = chunks_held(schedule)
+    sleeps = SLEEPS.shared(chunks)
+    late = 0.0 if floor is None else floor.late if chunks == 1 else floor.late_half
+    return Costs(
+        forward=sleeps.forward + late,
+        backward=sleeps.backward + 2 * late,
+        input=sleeps.input + late,
+        weight=sleeps.weight + late,
+        latency=0.0 if floor is None else floor.message,
+    )
+
+
+def _task(schedule: str, stages: int, microbatches: int) -> Task:
+    chunks = chunks_held(schedule) if schedule in names() else 1
+    count = stages * chunks
+    model = functools.partial(sleepers, count, SLEEPS.shared(chunks), BOUNDARY_BYTES // 4)
+    made = functools.partial(batch, microbatches)
+    return Task(model, made, first_mean, sgd, microbatches, (1,) * count, chunks)
+
+
+def _run(stages: int, rounds: int, say: Callable[[str], None]) -> Subject:
+    """One schedule after the other; each round is two steps of raypipe in ``fit``, then two of the peer's same one.
+
+    A step counts from the end of the one before it: whatever a user waits for is in it.
+    """
+    floor = Floor(message_s(BOUNDARY_BYTES), *overshoot_s(stages, (SLEEPS.forward, SLEEPS.forward / 2)))
+    say(f"p={stages}: {floor}")
+    ours: dict[str, list[Steps]] = {}
+    theirs: dict[str, list[float]] = {name: [] for name in SCHEDULES if name in names()}
+    tasks = {name: _task(name, stages, MICROBATCHES) for name in names()}
+    with Peer({name: tasks[name] for name in theirs}) as peer:
+        for name, task in tasks.items():
+            ours[name] = []
+            with trainer_of(task, name, microbatch_weight="samples") as trainer:
+                trainer.train_step(task.batch())
+                if name in theirs:
+                    peer.run(name, 1)
+                for _ in range(rounds):
+                    ours[name].append(steps_of(trainer, STEPS))
+                    if name in theirs:
+                        theirs[name] += peer.run(name, STEPS).periods
+            beside = f", torch {theirs[name][-1]:.3f} s" if name in theirs else ""
+            say(f"p={stages}: {name} {ours[name][-1].periods[-1]:.3f} s{beside}")
+    return Subject(f"Emulated accelerators, {stages} stages", _rows(stages, floor, ours, theirs))
+
+
+def _rows(stages: int, floor: Floor, ours: dict[str, list[Steps]], theirs: dict[str, list[float]]) -> list[Row]:
+    what = f"p={stages}, m={MICROBATCHES}, F=I=W=20 ms: "
+    formula = (MICROBATCHES + stages - 1) * (SLEEPS.forward + SLEEPS.backward)
+    rows = []
+    for name, steps in ours.items():
+        simulated = build(name, stages, MICROBATCHES).simulate(costs_of(name, floor)).makespan
+        periods = [period for each in steps for period in each.periods]
+        rows.append(measured(f"{what}{name} over its simulation", [s / simulated for s in periods], SIMULATED_BAR))
+        if name in theirs:
+            rows.append(measured(f"{what}torch's {name} over the same simulation", [s / simulated for s in theirs[name]]))
+        if name == "1f1b":
+            shares = [s / formula for s in periods]
+            rows.append(measured(f"{what}1f1b over (m+p-1)(F+B)", shares, FORMULA_BARS[stages]))
+    parts = [row for name in IN_PARTS if name in ours for row in _parts(name, ours[name])]
+    return [*rows, *_apart(floor), *parts]
+
+
+def _apart(floor: Floor) -> list[Row]:
+    """What the machine takes, in which no step of either side enters."""
+    late = [1e3 * floor.late, 1e3 * floor.late_half]
     return [
-        measured(f"{what}1f1b over its simulation", [s / simulated for s in periods], SIMULATED_BAR),
-        measured(f"{what}1f1b over (m+p-1)(F+B)", [s / formula for s in periods], FORMULA_BARS[stages]),
-        *(measured(f"{what}torch's {name} over (m+p-1)(F+B)", [s / formula for s in theirs[name]]) for name in PEERS),
+        measured("measured apart: a message of 256 KiB, one way", [1e3 * floor.message], unit="ms"),
+        measured("measured apart: lateness of sleeps of 20 and 10 ms", late, unit="ms"),
     ]
 
 
-def _parts(floor: Floor, ours: list[Steps]) -> list[Row]:
+def _parts(name: str, steps: list[Steps]) -> list[Row]:
     """What a step consists of beside the sleeps themselves."""
-    forward = [1e3 * (s - FORWARD_S) for steps in ours for s in steps.action_s(Op.FORWARD)]
-    backward = [1e3 * (s - BACKWARD_S) for steps in ours for s in steps.action_s(Op.BACKWARD)]
-    handovers = [1e3 * s for steps in ours for s in steps.handovers]
-    gaps = [1e3 * s for steps in ours for s in steps.gaps]
+    sleeps = SLEEPS.shared(chunks_held(name))
+    nominal = {
+        Op.FORWARD: sleeps.forward,
+        Op.BACKWARD: sleeps.backward,
+        Op.INPUT: sleeps.input,
+        Op.WEIGHT: sleeps.weight,
+    }
+    rows = []
+    for op, seconds in nominal.items():
+        beside = [1e3 * (took - seconds) for each in steps for took in each.action_s(op)]
+        if beside:
+            word = f"{op.name.lower()}{' gradient' if op in (Op.INPUT, Op.WEIGHT) else ''}"
+            rows.append(measured(f"in {name}'s steps: a {word} without its {1e3 * seconds:g} ms", beside, unit="ms"))
+    handovers = [1e3 * seconds for each in steps for seconds in each.handovers]
+    gaps = [1e3 * seconds for each in steps for seconds in each.gaps]
     return [
-        measured("measured apart: a message of 256 KiB, one way", [1e3 * floor.message], unit="ms"),
-        measured(
-            "measured apart: lateness of sleeps of 20 and 40 ms", [1e3 * floor.late_f, 1e3 * floor.late_b], unit="ms"
-        ),
-        measured("in the steps: a forward without its 20 ms", forward, unit="ms"),
-        measured("in the steps: a backward without its 40 ms", backward, unit="ms"),
-        measured("in the steps: from an action's end to the one that waited for it", handovers, unit="ms"),
-        measured("in the steps: from a step's end to the next one's start, on a rank", gaps, unit="ms"),
+        *rows,
+        measured(f"in {name}'s steps: from an action's end to the one that waited for it", handovers, unit="ms"),
+        measured(f"in {name}'s steps: from a step's end to the next one's start, on a rank", gaps, unit="ms"),
     ]

@@ -11,10 +11,15 @@ from typing import Any
 from benchmarks.task import Task
 from raypipe import PipelineTrainer
 from raypipe.observe.events import END, FROM, START, Trace
-from raypipe.schedule import Op
+from raypipe.schedule import Op, build
 from raypipe.schedule.dry_run import given_by, needed_by
 
-__all__ = ["Steps", "last_traces", "steps_of", "trainer_of"]
+__all__ = ["Steps", "chunks_held", "last_traces", "steps_of", "trainer_of"]
+
+
+def chunks_held(schedule: str) -> int:
+    """How many chunks a stage holds in raypipe's schedule of this name."""
+    return build(schedule, 2, 2).chunks // 2
 
 
 @contextmanager
@@ -48,9 +53,11 @@ class Steps:
 
     @property
     def periods(self) -> list[float]:
-        """Seconds from each step's start on rank 0 to the next one's, the last one's to its end."""
-        starts = [ranks[0].started for ranks in self.traces]
-        marks = [*starts, self.traces[-1][0].ended]
+        """Seconds from each step's end on all ranks to the next one's, the first one's from its start on rank 0.
+
+        A step that starts while another rank is still at the last one so gains nothing that is not gained.
+        """
+        marks = [self.traces[0][0].started, *(max(trace.ended for trace in ranks) for ranks in self.traces)]
         return [after - before for before, after in pairwise(marks)]
 
     def action_s(self, op: Op) -> list[float]:

@@ -48,16 +48,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Turn:
-    """Some steps in a row: ``starts`` of each on rank 0, when the last ended there, ``seconds`` of them all as
-    the driver saw it, and the last step's ``loss``."""
+    """Some steps in a row: when the first ``began`` on rank 0, when each has ended on all ranks (``ends``), ``seconds``
+    of them all as the driver saw it, and the last step's ``loss``."""
 
-    starts: list[float]
-    ended: float
+    began: float
+    ends: list[float]
     seconds: float
     loss: float
 
     @property
     def periods(self) -> list[float]:
-        """Seconds from each step's start on rank 0 to the next one's."""
-        marks = [*self.starts, self.ended]
-        return [after - before for before, after in pairwise(marks)]
+        """Seconds from each step's end to the next one's, the first one's from its start."""
+        return [after - before for before, after in pairwise([self.began, *self.ends])]

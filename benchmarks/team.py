@@ -62,8 +62,8 @@ class Team:
             pipe.send((schedule, steps))
         answers = self._answers(TURN_TIMEOUT_S)
         seconds = time.monotonic() - began
-        starts, ended, _ = answers[0]
-        return Turn(starts, ended, seconds, next(loss for _, _, loss in answers if loss is not None))
+        ends = [max(each) for each in zip(*(ends for _, ends, _ in answers), strict=True)]
+        return Turn(answers[0][0], ends, seconds, next(loss for _, _, loss in answers if loss is not None))
 
     def __enter__(self) -> Team:
         return self
@@ -104,10 +104,9 @@ def _serve(join: Join, tasks: Mapping[str, Task], rank: int, stages: int, port: 
             break
         if name not in runs:
             runs[name] = make(name, tasks[name])
-        starts: list[float] = []
-        loss = None
+        began, ends, loss = time.monotonic(), [], None
         for _ in range(steps):
-            starts.append(time.monotonic())
             loss = runs[name]()
-        pipe.send((starts, time.monotonic(), loss))
+            ends.append(time.monotonic())
+        pipe.send((began, ends, loss))
     dist.destroy_process_group()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.lengths import expected, shuffled
 from benchmarks.machine import machine
-from benchmarks.models import first_mean, gpt, gpt_batch, hoards, scales, sleepers, token_loss
+from benchmarks.models import Sleeps, first_mean, gpt, gpt_batch, hoards, scales, sleepers, token_loss
 from benchmarks.ours import Steps
 from benchmarks.table import BEGIN, END, Row, Subject, counted, measured, page, render
 from raypipe.observe.events import Trace
@@ -82,7 +82,7 @@ def test_periods_gaps_and_handovers_come_from_the_traces() -> None:
         return [one, two]
 
     steps = Steps([step(0.0, 0.0), step(10.0, 0.0)])
-    assert steps.periods == [10.0, 9.0]
+    assert steps.periods == [9.0, 10.0]
     assert steps.gaps == [1.0, 2.0]
     assert steps.handovers == [0.5, 0.5, 0.5, 0.5]
     assert steps.action_s(Op.FORWARD) == [2.0, 1.5, 2.0, 1.5]
@@ -100,7 +100,7 @@ def test_many_lengths_are_as_many_tokens_as_one() -> None:
 def test_the_models_train() -> None:
     tokens, targets = gpt_batch(samples=2, length=8, vocabulary=32)
     token_loss(gpt(width=16, heads=2, blocks=1, vocabulary=32)(tokens), targets).backward()
-    for model in (sleepers(2, 0.0, 0.0, width=4), scales(2, width=4), hoards(3, 1)):
+    for model in (sleepers(2, Sleeps(0.0, 0.0, 0.0), width=4), scales(2, width=4), hoards(3, 1)):
         first_mean(model(torch.ones(1, 1)), torch.zeros(1)).backward()
         assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
