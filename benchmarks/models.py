@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from raypipe.model.split_backward import splittable
 
 __all__ = [
     "Hoard",
@@ -78,61 +81,6 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-class _Through(torch.autograd.Function):
-    """The way of a sleeper's input: F in the forward, I in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, width: int, forward_s: float, input_s: float) -> Tensor:
-        ctx.input_s, ctx.shape = input_s, x.shape
-        time.sleep(forward_s)
-        return x.view_as(x) if x.shape[-1] == width else x.new_zeros(len(x), width)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        time.sleep(ctx.input_s)
-        return gradient if gradient.shape == ctx.shape else gradient[:, :1], None, None, None
-
-
-class _Weigh(torch.autograd.Function):
-    """The way of a sleeper's weight: nothing in the forward, W in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, weight_s: float) -> Tensor:
-        ctx.weight_s, ctx.shape = weight_s, weight.shape
-        return weight.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        time.sleep(ctx.weight_s)
-        return gradient.new_zeros(ctx.shape), None
-
-
-class Sleeper(nn.Module):
-    """An accelerator that is emulated: gives [batch, width] after a while, and needs a while for either gradient.
-
-    Input and weight go two ways that meet in an addition, since what a Function of both were asked for could not be
-    told from inside it. So whoever asks for one gradient alone waits for that one alone, and a whole backward for both.
-
-    Args:
-        width: of what it gives.
-        forward_s, input_s, weight_s: seconds of the forward, of the gradient of the input and of that of the weights.
-        first: whether nothing stands before it. Then it adds a parameter to its input, as an embedding does, so that an
-            input's gradient is asked for here too.
-    """
-
-    def __init__(self, width: int, forward_s: float, input_s: float, weight_s: float, *, first: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.start = nn.Parameter(torch.zeros(1)) if first else None
-        self.width, self.forward_s, self.input_s, self.weight_s = width, forward_s, input_s, weight_s
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.start is not None:
-            x = x + self.start
-        through: Tensor = _Through.apply(x, self.width, self.forward_s, self.input_s)
-        return through + _Weigh.apply(self.weight, self.weight_s)
-
-
 class Sleeps(NamedTuple):
     """Seconds that a stage sleeps for a microbatch: in its forward, for its input's and for its weights' gradient."""
 
@@ -150,9 +98,53 @@ class Sleeps(NamedTuple):
         return Sleeps(*(seconds / chunks for seconds in self))
 
 
+class Sleeper(nn.Module):
+    """An accelerator that is emulated: gives [batch, width] after a while, and needs a while for either gradient.
+
+    Whoever asks for one gradient alone waits for that one alone (``raypipe.model.split_backward.splittable``), and a
+    whole backward waits for both. That is so for every way to take a backward apart: raypipe's queue, and autograd
+    asked for inputs first and for weights later, as the peer does.
+
+    Args:
+        width: of what it gives.
+        sleeps: how long.
+        first: whether nothing stands before it. Then it adds a parameter to its input, as an embedding does, so that an
+            input's gradient is asked for here too.
+    """
+
+    def __init__(self, width: int, sleeps: Sleeps, *, first: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.start = nn.Parameter(torch.zeros(1)) if first else None
+        work = _Work(width, sleeps)
+        self.work = splittable(work.forward, work.input_gradient, work.weight_gradient)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.work(x if self.start is None else x + self.start, self.weight)
+
+
+@dataclass(frozen=True)
+class _Work:
+    width: int
+    sleeps: Sleeps
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        time.sleep(self.sleeps.forward)
+        # No view: the peer lets go of what it has sent, which a view does not allow.
+        return x.clone() if x.shape[-1] == self.width else x.new_zeros(len(x), self.width)
+
+    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        time.sleep(self.sleeps.input)
+        return gradient if gradient.shape == x.shape else gradient[:, :1]
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        time.sleep(self.sleeps.weight)
+        return gradient[0, :1]
+
+
 def sleepers(count: int, sleeps: Sleeps, width: int = 65536) -> nn.Sequential:
     """Units that sleep; the boundary between two is [1, width] float32 a sample."""
-    return nn.Sequential(*(Sleeper(width, *sleeps, first=number == 0) for number in range(count)))
+    return nn.Sequential(*(Sleeper(width, sleeps, first=number == 0) for number in range(count)))
 
 
 class Scale(nn.Module):
