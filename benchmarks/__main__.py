@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import driver_cost, emulated, lengths, memory, real_work, replay_cost
+from benchmarks import driver_cost, emulated, lengths, memory, real_work, replay_cost, split_cost
 from benchmarks.machine import machine
 from benchmarks.table import Subject, page, render
 from raypipe.driver.cluster import start_ray
@@ -20,6 +20,8 @@ SUBJECTS: Mapping[str, Callable[[int, Callable[[str], None]], Subject]] = {
     "real_work_halves": real_work.run_halves,
     "emulated": emulated.run,
     "emulated_8": emulated.run_8,
+    "zero_bubble": emulated.run_zbv,
+    "split_cost": split_cost.run,
     "driver_cost": driver_cost.run,
     "replay_cost": replay_cost.run,
     "lengths": lengths.run,

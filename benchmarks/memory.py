@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import first_mean, hoards, scales
-from benchmarks.ours import trainer_of
+from benchmarks.models import first_mean, hoards, scales, sgd
+from benchmarks.ours import chunks_held, trainer_of
 from benchmarks.task import Task
 from benchmarks.table import Row, Subject, counted, measured
 from benchmarks.witness import Note, read_witness, witness
+from raypipe.schedule import build, names
 
-__all__ = ["run"]
+__all__ = ["in_flight_rows", "run"]
 
 STAGES, MICROBATCHES = 4, 32
 ACTIVATION = 2**20
@@ -23,6 +24,21 @@ ACTIVATION = 2**20
 WEIGHTS, RICH = 2**26, 1
 """Float32 numbers that one stage holds as weights; the others hold one."""
 GROWTH_BAR, STRANGER_BAR = 0.5, 0.05
+MOST: Mapping[str, tuple[str, Callable[[int, int, int], int]]] = {
+    "1f1b": ("min(m, p)", lambda p, m, v: min(m, p)),
+    "gpipe": ("m", lambda p, m, v: m),
+    "looped_bfs": ("m of v chunks", lambda p, m, v: m * v),
+    "interleaved_1f1b": ("v p + p - 1", lambda p, m, v: v * p + p - 1),
+    "zb_h1": ("min(m, p)", lambda p, m, v: min(m, p)),
+    "zb_h2": ("2 p - 1", lambda p, m, v: 2 * p - 1),
+    "zbv": ("p of 2 chunks", lambda p, m, v: 2 * p),
+    "dualpipev": ("2 p + 1", lambda p, m, v: 2 * p + 1),
+    "v_half": ("2 floor((p+2)/2)", lambda p, m, v: 2 * ((p + 2) // 2)),
+    "v_min": ("2 floor((p+4)/3)", lambda p, m, v: 2 * ((p + 4) // 3)),
+}
+"""For each schedule with a published closed form, in words and numbers, the most chunk-microbatches alive on a rank of p
+stages, m microbatches and v chunks a stage. Source: Narayanan et al. 2021 (interleaved 1F1B), Qi et al. 2023 (ZB) and
+2024 (V), DeepSeek-AI 2025 (DualPipeV)."""
 
 
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
@@ -40,7 +56,39 @@ def run(rounds: int, say: Callable[[str], None]) -> Subject:
     say(f"bare {_mib(bare, 'peak')} MiB; while built: with weights {_mib(rich, 'peak_building')} MiB")
     what = "the same as a user has it, where a rank keeps freed blocks: 1f1b over gpipe"
     as_it_is = measured(f"p={STAGES}, m={MICROBATCHES}: {what}", _ratios(bare_kept, kept))
-    return Subject("Memory", [*_activation_rows(bare, in_flight, notes), as_it_is, *_weight_rows(bare, rich)])
+    rows = [*in_flight_rows(say), *_activation_rows(bare, in_flight, notes), as_it_is, *_weight_rows(bare, rich)]
+    return Subject("Memory", rows)
+
+
+def in_flight_rows(say: Callable[[str], None], stages: int = STAGES, microbatches: int = 2 * STAGES) -> list[Row]:
+    """For every schedule, what its ranks counted in a step beside the simulation and, where there is one, a closed form.
+
+    A rank counts a microbatch once for each chunk that keeps something for it. In one process: the same executor.
+    """
+    rows = []
+    for name in names():
+        chunks = chunks_held(name)
+        count = stages * chunks
+        task = Task(
+            functools.partial(scales, count, 1),
+            functools.partial(_batch, microbatches),
+            first_mean,
+            sgd,
+            microbatches,
+            (1,) * count,
+            chunks,
+        )
+        with trainer_of(task, name, microbatch_weight="samples", backend="local") as trainer:
+            found = tuple(trainer.train_step(task.batch())["peak_in_flight"])
+        say(f"{name}: in flight {found}")
+        what = f"p={stages}, m={microbatches}: peak in-flight microbatches by rank, {name}: "
+        simulated = build(name, stages, microbatches).simulate().peak_in_flight
+        rows.append(counted(f"{what}as simulated", found, simulated))
+        if name in MOST:
+            word, most = MOST[name]
+            bound = most(stages, microbatches, chunks)
+            rows.append(Row(f"{what}{word}", str(max(found)), f"at most {bound}", max(found) <= bound))
+    return rows
 
 
 def _grown(bare: list[Note], notes: dict[str, list[Note]]) -> dict[str, list[int]]:
