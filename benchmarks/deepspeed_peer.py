@@ -4,8 +4,8 @@ One process a stage, one thread each, no ZeRO, float32; the engine's own data pa
 of an iterator. It is an optional extra (``bench``); without it ``missing`` says why nothing runs.
 
 What it takes on a machine without a GPU: the accelerator is named in ``DS_ACCELERATOR`` before the first import, the
-ranks are given in the variables that its launcher would set (else it looks for MPI), and the optimizer is PyTorch's own,
-since DeepSpeed's would be compiled first. Its operator for all-reduces in shared memory, which is compiled for two
+ranks are given in the variables that its launcher would set (else it looks for MPI), and the optimizer is PyTorch's
+own, since DeepSpeed's would be compiled first. Its operator for all-reduces in shared memory, which is compiled for two
 minutes at first use and which no message between stages goes through, is left out. Its ways to cut a model cannot be
 told a cut, so each stage's layers are joined to one and it cuts uniformly.
 """
@@ -18,9 +18,8 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.task import Task
 from benchmarks.team import Maker, Step, Team
@@ -35,7 +34,9 @@ class DeepSpeedPeer(Team):
 
     def __init__(self, task: Task) -> None:
         if task.chunks != 1:
-            raise ValueError(f"chunks is {task.chunks}, but DeepSpeed's stages hold one; give a task of one chunk a stage")
+            raise ValueError(
+                f"chunks is {task.chunks}, but DeepSpeed's stages hold one; give a task of one chunk a stage"
+            )
         super().__init__(_join, {SCHEDULE: task})
 
 
@@ -56,8 +57,8 @@ def _join(rank: int, stages: int, port: int) -> Maker:
         MASTER_PORT=str(port),
     )
     with _quiet():
-        import torch.distributed as dist
         import deepspeed
+        import torch.distributed as dist
 
         store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=stages)

@@ -10,8 +10,8 @@ from statistics import median, quantiles
 from benchmarks.emulated import batch
 from benchmarks.models import Sleeps, first_mean, sgd, sleepers
 from benchmarks.ours import steps_of, trainer_of
-from benchmarks.task import Task
 from benchmarks.table import Subject, measured
+from benchmarks.task import Task
 
 __all__ = ["run"]
 

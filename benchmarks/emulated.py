@@ -137,7 +137,9 @@ def _rows(stages: int, floor: Floor, ours: dict[str, list[Steps]], theirs: dict[
         periods = [period for each in steps for period in each.periods]
         rows.append(measured(f"{what}{name} over its simulation", [s / simulated for s in periods], SIMULATED_BAR))
         if name in theirs:
-            rows.append(measured(f"{what}torch's {name} over the same simulation", [s / simulated for s in theirs[name]]))
+            rows.append(
+                measured(f"{what}torch's {name} over the same simulation", [s / simulated for s in theirs[name]])
+            )
         if name == "1f1b":
             shares = [s / formula for s in periods]
             rows.append(measured(f"{what}1f1b over (m+p-1)(F+B)", shares, FORMULA_BARS[stages]))

@@ -10,8 +10,8 @@ from statistics import fmean, median
 
 from benchmarks.models import adamw, gpt, gpt_batch, token_loss
 from benchmarks.ours import trainer_of
-from benchmarks.task import Task
 from benchmarks.table import Row, Subject, measured
+from benchmarks.task import Task
 from raypipe import PipelineTrainer
 
 __all__ = ["expected", "run", "shuffled"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.models import first_mean, hoards, scales, sgd
 from benchmarks.ours import chunks_held, trainer_of
-from benchmarks.task import Task
 from benchmarks.table import Row, Subject, counted, measured
+from benchmarks.task import Task
 from benchmarks.witness import Note, read_witness, witness
 from raypipe.schedule import build, names
 
@@ -36,8 +36,8 @@ MOST: Mapping[str, tuple[str, Callable[[int, int, int], int]]] = {
     "v_half": ("2 floor((p+2)/2)", lambda p, m, v: 2 * ((p + 2) // 2)),
     "v_min": ("2 floor((p+4)/3)", lambda p, m, v: 2 * ((p + 4) // 3)),
 }
-"""For each schedule with a published closed form, in words and numbers, the most chunk-microbatches alive on a rank of p
-stages, m microbatches and v chunks a stage. Source: Narayanan et al. 2021 (interleaved 1F1B), Qi et al. 2023 (ZB) and
+"""For each schedule with a published closed form, in words and numbers: the most microbatches alive on a rank, once for
+each chunk, with p stages, m microbatches and v chunks a stage. Source: Narayanan et al. 2021 (interleaved 1F1B), Qi et al. 2023 (ZB) and
 2024 (V), DeepSeek-AI 2025 (DualPipeV)."""
 
 
@@ -61,7 +61,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Subject:
 
 
 def in_flight_rows(say: Callable[[str], None], stages: int = STAGES, microbatches: int = 2 * STAGES) -> list[Row]:
-    """For every schedule, what its ranks counted in a step beside the simulation and, where there is one, a closed form.
+    """For every schedule what its ranks counted in a step, beside the simulation and, where there is one, a closed form.
 
     A rank counts a microbatch once for each chunk that keeps something for it. In one process: the same executor.
     """

@@ -79,7 +79,9 @@ def run(rounds: int, say: Callable[[str], None]) -> Subject:
                     team = stack.enter_context(DeepSpeedPeer(task))
                     others.append(Side("DeepSpeed", name, _steps_of_peer(team, name)))
                 found[name] = _compare(name, task, others, rounds if others else min(rounds, ALONE), say)
-        one, other = (best([side for each in found.values() if (side := each.side(who))]) for who in ("raypipe", "torch"))
+        one, other = (
+            best([side for each in found.values() if (side := each.side(who))]) for who in ("raypipe", "torch")
+        )
         say(f"the best are raypipe's {one.name} and torch's {other.name}")
         again = Side("torch", other.name, _steps_of_peer(peer, other.name))
         last = _compare(one.name, tasks[one.name], [again], rounds, say, same=False)
@@ -170,8 +172,8 @@ def _same_work(sides: Sequence[Side]) -> None:
     for side in sides[1:]:
         if not math.isclose(sides[0].losses[-1], side.losses[-1], rel_tol=1e-3):
             raise AssertionError(
-                f"{side.name}: the loss is {sides[0].losses[-1]} in {sides[0].who} and {side.losses[-1]} in {side.who}; "
-                "both must train the same"
+                f"{side.name}: the loss is {sides[0].losses[-1]} in {sides[0].who} and {side.losses[-1]} in "
+                f"{side.who}; both must train the same"
             )
 
 

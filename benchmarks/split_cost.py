@@ -1,4 +1,4 @@
-"""What zero-bubble schedules pay: a backward in halves, the clipping norm's collective, and more and shorter actions."""
+"""What zero-bubble schedules pay: a backward in halves, the clipping norm's collective, more and shorter actions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def timed(module: nn.Module, x: Tensor, *, split: bool) -> Halves:
     marks.append(time.perf_counter())
     for parameter in module.parameters():
         parameter.grad = None
-    return Halves(*(after - before for before, after in zip(marks, marks[1:], strict=False)))
+    return Halves(*(after - before for before, after in pairwise(marks)))
 
 
 def _halves(rounds: int, say: Callable[[str], None]) -> list[Row]:

@@ -32,7 +32,8 @@ class Task:
     def __post_init__(self) -> None:
         if not self.counts or len(self.counts) % self.chunks:
             raise ValueError(
-                f"counts has {len(self.counts)} numbers, but every stage holds {self.chunks} chunks; give one number a chunk"
+                f"counts has {len(self.counts)} numbers, but every stage holds {self.chunks} chunks; give one number for "
+                "each chunk"
             )
 
     @property

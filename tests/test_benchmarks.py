@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.emulated import Floor, costs_of
 from benchmarks.lengths import expected, shuffled
 from benchmarks.machine import machine
-from benchmarks.models import Sleeps, first_mean, gpt, gpt_batch, hoards, scales, sleepers, token_loss
+from benchmarks.models import Sleeps, adamw, first_mean, gpt, gpt_batch, hoards, scales, sleepers, token_loss
 from benchmarks.ours import Steps
+from benchmarks.real_work import Side, best
 from benchmarks.table import BEGIN, END, Row, Subject, counted, measured, page, render
+from benchmarks.task import Task, Turn
 from raypipe.observe.events import Trace
 from raypipe.schedule import Action, Op
 
@@ -103,6 +107,39 @@ def test_the_models_train() -> None:
     for model in (sleepers(2, Sleeps(0.0, 0.0, 0.0), width=4), scales(2, width=4), hoards(3, 1)):
         first_mean(model(torch.ones(1, 1)), torch.zeros(1)).backward()
         assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def _task(counts: tuple[int, ...], chunks: int) -> Task:
+    model = functools.partial(gpt, 16, 2, sum(counts) - 2, 32)
+    return Task(model, functools.partial(gpt_batch, 4, 8, 32), token_loss, adamw, 4, counts, chunks)
+
+
+def test_a_task_is_cut_in_the_models_order() -> None:
+    task = _task((1, 2, 2, 1), 2)
+    assert task.stages == 2
+    layers = [layer for chunk in range(4) for layer in task.chunk(chunk)]
+    assert [type(layer) for layer in layers] == [type(layer) for layer in task.model()]
+    with pytest.raises(ValueError, match="counts has 3 numbers, but every stage holds 2 chunks"):
+        _task((1, 2, 3), 2)
+
+
+def test_a_turn_counts_from_end_to_end() -> None:
+    assert Turn(1.0, [3.0, 6.0, 7.0], 9.0, 0.5).periods == [2.0, 3.0, 1.0]
+
+
+def test_the_best_side_is_that_of_the_least_median() -> None:
+    slow = Side("torch", "gpipe", lambda: (0.0, 0.0), [1.0, 5.0, 6.0])
+    fast = Side("torch", "zbv", lambda: (0.0, 0.0), [4.0, 3.0, 9.0])
+    assert best([slow, fast]) is fast
+
+
+def test_costs_are_a_chunks_share_of_a_stages_sleeps_with_their_lateness() -> None:
+    whole, floor = costs_of("1f1b"), Floor(0.002, 0.0003, 0.0002)
+    assert (whole.forward, whole.backward, whole.latency) == (0.020, 0.040, 0.0)
+    late = costs_of("zbv", floor)
+    assert late.latency == 0.002
+    assert (late.forward, late.input, late.weight) == (pytest.approx(0.0102),) * 3
+    assert late.backward == pytest.approx(0.0204)
 
 
 def _times(at: float, rows: list[tuple[float, float, float]]) -> np.ndarray:
