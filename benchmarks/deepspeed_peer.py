@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from benchmarks.task import Task
@@ -92,7 +93,7 @@ def _stepper(task: Task, rank: int) -> Step:
 
 def _microbatches(batch: tuple[Tensor, Tensor], samples: int) -> Iterator[tuple[Tensor, ...]]:
     """The batch's microbatches, again and again."""
-    return itertools.cycle(list(zip(*(tensor.split(samples) for tensor in batch), strict=True)))
+    return itertools.cycle(list(zip(*(torch.split(tensor, samples) for tensor in batch), strict=True)))
 
 
 @contextlib.contextmanager

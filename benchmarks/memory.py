@@ -37,8 +37,8 @@ MOST: Mapping[str, tuple[str, Callable[[int, int, int], int]]] = {
     "v_min": ("2 floor((p+4)/3)", lambda p, m, v: 2 * ((p + 4) // 3)),
 }
 """For each schedule with a published closed form, in words and numbers: the most microbatches alive on a rank, once for
-each chunk, with p stages, m microbatches and v chunks a stage. Source: Narayanan et al. 2021 (interleaved 1F1B), Qi et al. 2023 (ZB) and
-2024 (V), DeepSeek-AI 2025 (DualPipeV)."""
+each chunk, with p stages, m microbatches and v chunks a stage. Sources: Narayanan et al. 2021 (interleaved 1F1B), Qi et
+al. 2023 (ZB) and 2024 (V), DeepSeek-AI 2025 (DualPipeV)."""
 
 
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
@@ -61,7 +61,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Subject:
 
 
 def in_flight_rows(say: Callable[[str], None], stages: int = STAGES, microbatches: int = 2 * STAGES) -> list[Row]:
-    """For every schedule what its ranks counted in a step, beside the simulation and, where there is one, a closed form.
+    """For every schedule what its ranks counted in a step, beside the simulation and, where there is one, a bound.
 
     A rank counts a microbatch once for each chunk that keeps something for it. In one process: the same executor.
     """

@@ -177,10 +177,6 @@ def _same_work(sides: Sequence[Side]) -> None:
             )
 
 
-def _over(one: Side, other: Side) -> list[float]:
-    return [a / b for a, b in zip(one.seconds, other.seconds, strict=True)]
-
-
 def _rows(found: Compared) -> list[Row]:
     ours, theirs = found.sides[0], found.side("torch")
     what = f"{ours.name}, {', '.join(map(str, found.task.counts))} layers"

@@ -32,8 +32,8 @@ class Task:
     def __post_init__(self) -> None:
         if not self.counts or len(self.counts) % self.chunks:
             raise ValueError(
-                f"counts has {len(self.counts)} numbers, but every stage holds {self.chunks} chunks; give one number for "
-                "each chunk"
+                f"counts has {len(self.counts)} numbers, but every stage holds {self.chunks} chunks; give one number "
+                "for each chunk"
             )
 
     @property
@@ -44,7 +44,7 @@ class Task:
     def chunk(self, number: int) -> nn.Sequential:
         """One chunk of a model made for it."""
         first = sum(self.counts[:number])
-        return self.model()[first : first + self.counts[number]]
+        return nn.Sequential(*self.model()[first : first + self.counts[number]])
 
 
 @dataclass(frozen=True)
