@@ -44,7 +44,8 @@ class Task:
     def chunk(self, number: int) -> nn.Sequential:
         """One chunk of a model made for it."""
         first = sum(self.counts[:number])
-        return nn.Sequential(*self.model()[first : first + self.counts[number]])
+        layers = list(self.model())
+        return nn.Sequential(*layers[first : first + self.counts[number]])
 
 
 @dataclass(frozen=True)
