@@ -23,7 +23,7 @@ __all__ = ["Floor", "batch", "costs_of", "run", "run_8", "run_zbv"]
 SLEEPS, BOUNDARY_BYTES, MICROBATCHES = Sleeps(0.020, 0.020, 0.020), 256 * 1024, 16
 FORMULA_BARS = {4: 1.08, 8: 1.15}
 SIMULATED_BAR, ZBV_BAR, ZBV_STAGES, ZBV_MICROBATCHES = 1.03, 0.82, 4, 8
-STEPS = 2
+STEPS, ROUNDS_OF_8 = 2, 3
 IN_PARTS = ("1f1b", "zbv")
 
 
@@ -46,7 +46,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Subject:
 
 def run_8(rounds: int, say: Callable[[str], None]) -> Subject:
     """Eight stages."""
-    return _run(8, rounds, say)
+    return _run(8, min(rounds, ROUNDS_OF_8), say)
 
 
 def run_zbv(rounds: int, say: Callable[[str], None]) -> Subject:
@@ -169,8 +169,8 @@ def _parts(name: str, steps: list[Steps]) -> list[Row]:
     for op, seconds in nominal.items():
         beside = [1e3 * (took - seconds) for each in steps for took in each.action_s(op)]
         if beside:
-            word = f"{op.name.lower()}{' gradient' if op in (Op.INPUT, Op.WEIGHT) else ''}"
-            rows.append(measured(f"in {name}'s steps: a {word} without its {1e3 * seconds:g} ms", beside, unit="ms"))
+            word = {Op.INPUT: "an input gradient", Op.WEIGHT: "a weight gradient"}.get(op, f"a {op.name.lower()}")
+            rows.append(measured(f"in {name}'s steps: {word} without its {1e3 * seconds:g} ms", beside, unit="ms"))
     handovers = [1e3 * seconds for each in steps for seconds in each.handovers]
     gaps = [1e3 * seconds for each in steps for seconds in each.gaps]
     return [

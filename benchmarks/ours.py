@@ -79,7 +79,8 @@ class Steps:
             rows = [(r, a, row) for r, t in enumerate(ranks) for a, row in zip(t.actions, t.times, strict=True)]
             made = {given_by(action): (rank, row[END]) for rank, action, row in rows}
             for rank, action, row in rows:
-                source, ended = made.get(needed_by(action, chunks), (rank, 0.0))
+                need = needed_by(action, chunks)
+                source, ended = made[need] if need is not None else (rank, 0.0)
                 if source != rank and row[FROM] < ended:
                     found.append(float(row[START] - ended))
         return found

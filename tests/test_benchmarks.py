@@ -92,6 +92,14 @@ def test_periods_gaps_and_handovers_come_from_the_traces() -> None:
     assert steps.action_s(Op.FORWARD) == [2.0, 1.5, 2.0, 1.5]
 
 
+def test_what_waits_for_no_message_hands_nothing_over() -> None:
+    """Rank 1's W comes before rank 0's F has ended, but waits for nothing."""
+    first, last = Action(0, Op.FORWARD, 0), Action(1, Op.FORWARD, 0)
+    one = Trace((first, Action(0, Op.WEIGHT, 0)), _times(0, [(0, 0, 2), (2, 9, 10)]), 0, 10, 1)
+    two = Trace((Action(1, Op.WEIGHT, 1), last), _times(0, [(0, 0, 1), (1, 3, 4)]), 0, 10, 1)
+    assert Steps([[one, two]]).handovers == [1.0]
+
+
 def test_many_lengths_are_as_many_tokens_as_one() -> None:
     lengths = shuffled(400)
     assert len(set(lengths)) == 200
