@@ -24,7 +24,8 @@ BLOCK, MOST, WARM_UP, BAR, LEAST_S = 80, 2, 3, 1.10, 0.2
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
     """Each round: 80 steps of the mean length, and 80 of 200 lengths around it, one pass after the other.
 
-    Two rounds are 160 steps of either side, and more are not made. Both sides are one trainer, whose ranks saw the mean length alone before.
+    Two rounds are 160 steps of either side, and more are not made. Both sides are one trainer, whose ranks saw the mean
+    length alone before.
     """
     rounds = min(rounds, MOST)
     model = functools.partial(gpt, WIDTH, HEADS, BLOCKS, VOCABULARY)
