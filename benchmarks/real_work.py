@@ -25,7 +25,7 @@ from raypipe.schedule import build, names
 __all__ = ["best", "run", "run_halves"]
 
 STAGES, MICROBATCHES, WARM_UP = 2, 8, 1
-ALONE = 1
+ALONE = 2
 """Rounds of a schedule that no peer has, at most: they only find the best one."""
 BARS = {"1f1b": 0.90, "gpipe": 0.95, "interleaved_1f1b": 0.90, "interleaved_zb": 0.85, "zbv": 0.85}
 DEEPSPEED_BAR, BEST_BAR = 0.85, 0.90
