@@ -57,7 +57,9 @@ def witness(folder: str, alive: bool = True) -> Callable[[Any], Witness]:
 
 def read_witness(folder: str) -> list[Note]:
     """What each rank noted last, by stage: parameters are named by their place in the model."""
-    notes = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    # The driver tries the optimizer too, to know the size of its state.
+    paths = [path for path in Path(folder).glob("*.json") if path.stem != str(os.getpid())]
+    notes = [json.loads(path.read_text()) for path in paths]
     return sorted(notes, key=lambda note: int(note["names"][0].partition(".")[0]))
 
 
