@@ -84,7 +84,7 @@ class WeightQueue:
 
 
 def run_backward(
-    edges: Sequence[GradientEdge],
+    edges: Sequence[Tensor | GradientEdge],
     gradients: Sequence[Tensor],
     inputs: Sequence[Tensor | GradientEdge],
     *,
@@ -92,6 +92,8 @@ def run_backward(
     accumulate: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of ``inputs``, and nothing else: autograd's nodes leave out a product that nobody asks for.
+
+    With ``accumulate`` they are added to ``.grad``; without ``inputs``, those of all leaves.
 
     This is ``torch.autograd.grad`` (or, with ``accumulate``, ``backward``) without the 50 microseconds of its Python,
     and out of sight of modes, so that it may run inside a backward once for each layer.

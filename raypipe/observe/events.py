@@ -56,16 +56,16 @@ class Recorder:
 
     def __init__(self, actions: Sequence[Action], started: float | None = None) -> None:
         self._actions = tuple(actions)
-        self._times = np.zeros((len(self._actions), 3))
+        self._times = [(0.0, 0.0, 0.0)] * len(self._actions)
         self.started = monotonic() if started is None else started
         self._peak = 0
 
     def write(self, index: int, turned: float, start: float, end: float, in_flight: int) -> None:
         """Writes action ``index``; ``in_flight`` is the number of microbatches alive after it began."""
-        row = self._times[index]
-        row[FROM], row[START], row[END] = turned, start, end
-        self._peak = max(self._peak, in_flight)
+        self._times[index] = turned, start, end
+        if in_flight > self._peak:
+            self._peak = in_flight
 
     def trace(self) -> Trace:
         """What was written."""
-        return Trace(self._actions, self._times, self.started, monotonic(), self._peak)
+        return Trace(self._actions, np.array(self._times).reshape(-1, 3), self.started, monotonic(), self._peak)

@@ -44,6 +44,7 @@ class Boundary:
         self._back = tuple(order for v, order in zip(values, self._orders, strict=True) if v.requires_grad)
         asked = tuple(s for v, s in zip(values, self.specs, strict=True) if v.requires_grad and trained)
         self.gradient_specs = (*asked, TensorSpec((len(asked),), torch.bool)) if asked else ()
+        self._all_came = torch.ones(len(asked), dtype=torch.bool)
 
     def pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The message of the values' tensors."""
@@ -77,11 +78,12 @@ class Boundary:
         """The message of the leaves' gradients; a leaf that none reached has its place in it, as its shape is known."""
         if not self.gradient_specs:
             return []
+        came = [leaf.grad is not None for leaf in leaves]
         gradients = [
             _pack(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, order)
             for leaf, order in zip(leaves, self._back, strict=True)
         ]
-        return [*gradients, torch.tensor([leaf.grad is not None for leaf in leaves])]
+        return [*gradients, self._all_came if all(came) else torch.tensor(came)]
 
     def unpack_gradients(self, message: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of ``roots``, None for those that none reached."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from raypipe.model.microbatch import Microbatch
 from raypipe.model.replay import Seeds
 from raypipe.model.split_backward import SplitBackward
-from raypipe.model.weight_queue import WeightQueue
+from raypipe.model.weight_queue import WeightQueue, run_backward
 from raypipe.stage.losses import Losses
 from raypipe.stage.program import Message
 from raypipe.stage.slice import Planned, Slice
@@ -172,10 +172,11 @@ class TrainComputer(_Computer):
                 for loss in kept.roots:
                     self._losses.backward(microbatch, loss)
             else:
-                gradients = boundaries[chunk + 1].unpack_gradients(received)
-                reached = [(root, g) for root, g in zip(kept.roots, gradients, strict=True) if g is not None]
+                came = boundaries[chunk + 1].unpack_gradients(received)
+                reached = [(root, g) for root, g in zip(kept.roots, came, strict=True) if g is not None]
                 if reached:
-                    torch.autograd.backward([root for root, _ in reached], [gradient for _, gradient in reached])
+                    roots, gradients = zip(*reached, strict=True)
+                    run_backward(roots, gradients, (), keep=False, accumulate=True)
         return boundaries[chunk].pack_gradients(kept.leaves)
 
 

@@ -89,13 +89,15 @@ def execute(
     for index, item in enumerate(program.items):
         turned = monotonic()
         received: Sequence[Tensor] = ()
+        taken = None
         if item.needs is not None and item.source is not None:
             if item.source == program.stage:
                 received = own.pop(item.needs)
             else:
-                handle = inbox.take(ranks[item.source], item.needs)
+                taken = ranks[item.source]
+                handle = inbox.take(taken, item.needs)
                 if handle is not None:
-                    activity.set(step, item.action, waits_for=ranks[item.source])
+                    activity.set(step, item.action, waits_for=taken)
                     yield handle
                     received = handle.result()
         activity.set(step, item.action)
@@ -112,6 +114,8 @@ def execute(
                 own[item.gives] = made
             elif made:
                 transport.send(ranks[item.target], made)
+        if taken is not None:  # after the send: the next rank waits for that, and nobody for this
+            inbox.post(taken)
 
 
 def _compute(computer: Computer, action: Action, received: Sequence[Tensor]) -> Sequence[Tensor]:

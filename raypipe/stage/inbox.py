@@ -37,20 +37,20 @@ class Inbox:
         self._posted: dict[Message, Handle[list[Tensor]]] = {}
         self._open = dict.fromkeys(incoming, 0)
         for sender in incoming:
-            self._post(sender)
+            self.post(sender)
 
     def take(self, sender: int, message: Message) -> Handle[Any] | None:
-        """The handle of a message, or None where nothing is sent for it."""
-        if not self._specs(message):
-            return None
-        while message not in self._posted:
-            self._post_one(sender)
+        """The handle of a message, or None where nothing is sent for it; ``post`` follows when there is time."""
+        if message not in self._posted:
+            if not self._specs(message):
+                return None
+            while message not in self._posted:
+                self._post_one(sender)
         self._open[sender] -= 1
-        handle = self._posted.pop(message)
-        self._post(sender)
-        return handle
+        return self._posted.pop(message)
 
-    def _post(self, sender: int) -> None:
+    def post(self, sender: int) -> None:
+        """Posts the sender's next messages, in the place of those that were taken."""
         while self._unposted[sender] and self._open[sender] < AHEAD:
             self._post_one(sender)
 

@@ -17,6 +17,7 @@ from raypipe.errors import BatchError
 from raypipe.model.call import Caller
 from raypipe.model.denominators import Denominators
 from raypipe.model.microbatch import Microbatch
+from raypipe.model.weight_queue import run_backward
 from raypipe.model.weights import LossRule
 
 __all__ = ["Losses"]
@@ -75,7 +76,8 @@ class Losses:
         """
         weight = self._weights[number]
         if weight:
-            loss.backward(torch.full_like(loss, weight if self.divisor is None else weight / self.divisor))  # type: ignore[no-untyped-call]
+            share = torch.full_like(loss, weight if self.divisor is None else weight / self.divisor)
+            run_backward([loss], [share], (), keep=False, accumulate=True)
         else:
             for leaf in _leaves_of(loss):
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
