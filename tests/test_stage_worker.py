@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import cloudpickle
 import pytest
 import torch
+from torch.nn import functional as F
 from training import batches_of_tokens, gpt
 
 from raypipe.data.wire import pack, unpack
@@ -17,9 +20,10 @@ from raypipe.errors import PeerLost, StageError
 from raypipe.options import Options
 from raypipe.plan import Plan
 from raypipe.planning import make_plan
+from raypipe.stage.losses import Losses
 from raypipe.stage.protocol import run_blocking
 from raypipe.stage.worker import StageWorker
-from raypipe.transport.memory import MemoryHub
+from raypipe.transport.memory import MemoryHub, MemoryTransport
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -93,3 +97,56 @@ def test_a_closed_rank_fails_at_once() -> None:
     ranks.close()
     with pytest.raises((PeerLost, StageError)):
         ranks.wait(ranks.train_step(0, pack(given)))
+
+
+def test_nothing_of_a_step_waits_for_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its losses hold the batch: a cycle through them would keep it until the collector runs."""
+    alive: list[weakref.ref[Losses]] = []
+    made = Losses.__init__
+
+    def noted(self: Losses, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(Losses, "__init__", noted)
+    plan, given = planned()
+    ranks = gang(plan)
+    gc.disable()
+    try:
+        ranks.wait(ranks.train_step(0, pack(given)))
+        assert [losses() for losses in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def in_part(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+    """A loss that is cut off from the model where no target is valid."""
+    valid = bool((batch["labels"] >= 0).any())
+    return F.cross_entropy((outputs if valid else outputs.detach()).flatten(0, 1), batch["labels"].flatten())
+
+
+def by_tokens(model: torch.nn.Module, batch: Any) -> Any:
+    return model(batch["tokens"])
+
+
+@pytest.mark.parametrize("label", [5, -100], ids=["trained", "refused"])
+def test_the_last_rank_tells_the_divisor_before_it_sums_shared_weights(
+    label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step: the others receive in that order, and gloo tells messages apart by their size alone."""
+    tokens = batches_of_tokens(1, 4)[0]["tokens"]
+    options = Options(2, optimizer=sgd, microbatches=2, loss=in_part, forward=by_tokens)
+    ranks = gang(make_plan(gpt(tied=True), options, {"tokens": tokens, "labels": tokens}))
+    called: list[str] = []
+    for name in ("all_gather", "all_reduce"):
+        run = getattr(MemoryTransport, name)
+
+        def noted(self: MemoryTransport, *args: Any, name: str = name, run: Any = run) -> Any:
+            called.extend([name] * (self.rank == 1))
+            return run(self, *args)
+
+        monkeypatch.setattr(MemoryTransport, name, noted)
+    batch = {"tokens": tokens, "labels": torch.full_like(tokens, label)}
+    (_, last) = ranks.wait(ranks.train_step(0, pack(batch)))
+    assert (last.refused is not None) == (label < 0)
+    assert called == ["all_gather", "all_reduce"]

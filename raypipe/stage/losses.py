@@ -30,7 +30,7 @@ class Losses:
         rule: by which microbatches weigh.
         caller: finds the loss in the model's outputs.
         microbatches: of the step (of all replicas' parts, this replica's).
-        when_known: called once every microbatch's forward is done.
+        when_known: called with this object once every microbatch's forward is done.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Losses:
         rule: LossRule,
         caller: Caller,
         microbatches: Sequence[Microbatch],
-        when_known: Callable[[], None] = lambda: None,
+        when_known: Callable[[Losses], None] = lambda losses: None,
     ) -> None:
         self._rule, self._caller, self._microbatches = rule, caller, microbatches
         self._when_known = when_known
@@ -66,7 +66,7 @@ class Losses:
         self._losses[number] = loss.detach()
         self._trains |= loss.requires_grad
         if len(self._losses) == len(self._microbatches):
-            self._when_known()
+            self._when_known(self)
         return loss if loss.requires_grad else None
 
     def backward(self, number: int, loss: Tensor) -> None:

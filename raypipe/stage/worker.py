@@ -81,7 +81,7 @@ class StageWorker:
             self._activity.set(step, "batch")
             self._slice.set_training(True)
             microbatches = self._cut(unpack(batch))
-            losses = Losses(self._spec.rule, self._spec.caller, microbatches, lambda: self._tell(losses))
+            losses = Losses(self._spec.rule, self._spec.caller, microbatches, self._tell)
             program = self._program(len(microbatches), True)
             self._optimizer.begin(self._channels())
             recorder = Recorder([item.action for item in program.items], started)
@@ -152,8 +152,8 @@ class StageWorker:
 
     def _tell(self, losses: Losses) -> None:
         """Every loss of the step is known: what its gradients are divided by can go to the other ranks."""
-        if self._is_last and losses.trains:  # else the step's end says what is wrong
-            refused = losses.refusal()
+        refused = losses.refusal() if self._is_last else None
+        if self._is_last and (refused is not None or losses.trains):  # else the step's end says what is wrong
             self._optimizer.tell(self._channels(), _told(losses, refused, losses.total() if refused is None else 1.0))
 
     def _flush(self) -> RankWork[None]:
