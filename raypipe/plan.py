@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from raypipe.accounting import StagePlan
+from raypipe.errors import ScheduleError
 from raypipe.model.build import Skeleton
 from raypipe.model.call import Caller
 from raypipe.model.husk import names_of
@@ -143,13 +144,23 @@ class Plan:
     def admission(self) -> Callable[[Any], None]:
         """A check of each batch on the driver, before it is queued: what is wrong with one must not end the ranks."""
         layouts = LayoutCache(self.layout, self.options.batch_dims)
-        schedule = functools.cache(self.options.make_schedule)
+        check_schedule = functools.cache(self._check_schedule)
 
         def admit(batch: Any) -> None:
             self.caller.check(batch)
-            schedule(min(layouts.find(batch).samples(batch), self.options.most_microbatches))
+            check_schedule(min(layouts.find(batch).samples(batch), self.options.most_microbatches))
 
         return admit
+
+    def _check_schedule(self, microbatches: int) -> None:
+        made = self.options.make_schedule(microbatches)
+        if made.placement != self.schedule.placement:
+            raise ScheduleError(
+                f"schedule {made.name!r} of {made.microbatches} microbatches has its chunks on the stages "
+                f"{made.placement}, but the model was cut for {self.schedule.placement}, those of "
+                f"{self.schedule.microbatches} microbatches; keep each chunk on its stage, however many microbatches "
+                "there are"
+            )
 
     def __str__(self) -> str:
         from raypipe.table import plan_table

@@ -119,6 +119,19 @@ def test_the_datas_exception_comes_after_the_steps_before_it(gang: ToyGang, cont
     assert gang.open == 0
 
 
+def test_what_is_queued_is_taken_before_a_batch_is_refused(gang: ToyGang) -> None:
+    """Whoever refuses it: also a schedule that is not for so few microbatches."""
+
+    def admit(batch: Any) -> None:
+        if int(batch) == 2:
+            raise ValueError("not for so few")
+
+    controller, steps = Controller(gang, Gradients(((),), ()), admit), list[int]()
+    with pytest.raises(ValueError, match="not for so few"):
+        controller.train(draws(4), lambda metrics: steps.append(metrics["step"]))
+    assert (steps, gang.open, controller.step) == ([0, 1], 0, 2)
+
+
 def test_a_failed_step_comes_out_as_it_is(gang: ToyGang, controller: Controller) -> None:
     failing = (Draw(torch.tensor(-1), step, 0, Cursor(), False, False) for step in range(3))
     with pytest.raises(StageError, match="told to fail"):

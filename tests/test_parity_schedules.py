@@ -12,6 +12,7 @@ from torch import nn
 from training import Run, batches_of_tokens, gpt, piped, trainer_of, unsplit
 
 from raypipe.driver.cluster import Session
+from raypipe.errors import ScheduleError
 from raypipe.schedule import Schedule, build, chunks_of, names
 
 NAMES = names()
@@ -108,6 +109,21 @@ def test_a_users_own_schedule_and_one_read_from_csv() -> None:
         found = run(a_gpt(), batches_of_tokens(3), 2, schedule=schedule, microbatches=4)
         assert found.losses == wanted.losses
         assert all(torch.equal(found.state[key], tensor) for key, tensor in wanted.state.items())
+
+
+def test_a_schedule_that_moves_chunks_with_the_number_of_microbatches_is_refused() -> None:
+    """Before the batch goes to the ranks, which hold their chunks by then; and what was trained stays."""
+
+    def moving(stages: int, microbatches: int) -> Schedule:
+        return build("zbv" if microbatches == 4 else "1f1b", stages, microbatches)
+
+    whole, other = batches_of_tokens(2)
+    with trainer_of(a_gpt(), 2, schedule=moving, microbatches=4, optimizer=sgd) as trainer:
+        trainer.train_step(whole)
+        sentence = r"schedule '1f1b' of 3 microbatches .* stages \(0, 1\), but the model was cut for \(0, 1, 1, 0\)"
+        with pytest.raises(ScheduleError, match=sentence):
+            trainer.train_step({name: tensor[:3] for name, tensor in whole.items()})
+        assert trainer.train_step(other)["step"] == 1
 
 
 def test_chunks_that_do_not_fit_are_refused_before_anything_starts() -> None:

@@ -96,7 +96,7 @@ class Controller:
                 break
             try:
                 pending = self._gang.train_step(draw.step, self._put(draw.batch))
-            except BatchError:
+            except Exception:  # of this batch, or of the user's schedule for its number of microbatches
                 take(0)
                 raise
             queued.append((draw, tokens_in(draw.batch), pending))
