@@ -129,9 +129,10 @@ class Options:
                     f"{self.schedule.microbatches}; leave microbatches out"
                 )
             self.make_schedule(self.schedule.microbatches)
-        elif not isinstance(self.schedule, Auto) and not callable(self.schedule):
+        elif self.schedule is Auto or not (isinstance(self.schedule, Auto) or callable(self.schedule)):
             raise TypeError(
-                f"schedule is {self.schedule!r}, but must be 'auto', one of {names()}, a Schedule, or a callable"
+                f"schedule is {self.schedule!r}, but must be 'auto', an Auto(), one of {names()}, a Schedule, or a "
+                "callable"
             )
 
     @property

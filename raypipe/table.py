@@ -23,7 +23,7 @@ _WIDTH = 120
 
 def plan_table(plan: Plan) -> str:
     """What each stage computes, then what it holds, by kind; the schedule's bubble, the imbalance, and advice."""
-    simulated = plan.schedule.simulate(costs_of(plan.partition.chunks))
+    simulated = plan.choice.simulation if plan.choice else plan.schedule.simulate(costs_of(plan.partition.chunks))
     lines = [*_aligned(_work(plan)), "", *_aligned(_bytes(plan))]
     shared = plan.partition.shared
     if shared:

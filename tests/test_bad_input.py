@@ -17,6 +17,7 @@ import raypipe
 from raypipe import BatchError, PipelineTrainer
 from raypipe.driver import ray_gang
 from raypipe.options import NOT_YET
+from raypipe.schedule import Auto
 
 DATA = {"train": batches_of_tokens(2)}
 
@@ -57,6 +58,7 @@ def assert_words(text: str, *words: str) -> None:
     [
         ({"schedule": "zigzag"}, ValueError, ("zigzag", "1f1b", "gpipe")),
         ({"schedule": 3}, TypeError, ("schedule is 3", "must be")),
+        ({"schedule": Auto}, TypeError, ("schedule is <class", "an Auto()")),
         ({"stages": 0}, ValueError, ("stages is 0", "at least 1")),
         ({"stages": 2.0}, TypeError, ("stages is 2.0", "whole number")),
         ({"stages": True}, TypeError, ("stages is True", "whole number")),

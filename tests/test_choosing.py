@@ -46,6 +46,13 @@ def test_the_fastest_by_measured_times_is_taken() -> None:
     assert "chosen among" in str(plan)
 
 
+def test_the_bubble_is_that_of_the_choice_with_its_messages() -> None:
+    plan = planned(Auto(candidates=("1f1b",), latency=1.0))
+    assert plan.choice is not None
+    assert plan.choice.simulation.bubble > 0.9
+    assert f"predicted bubble {plan.choice.simulation.bubble:.1%}" in str(plan)
+
+
 def test_a_memory_limit_bars_what_would_not_fit() -> None:
     free = planned(Auto(candidates=("gpipe", "1f1b", "v_min")))
     assert free.choice is not None

@@ -49,6 +49,30 @@ def test_steps_of_other_programs_predict_nothing() -> None:
     assert (report.schedule.microbatches, report.predicted.makespan) == (5, pytest.approx(45.0))
 
 
+def test_what_comes_between_two_steps_is_not_put_down_to_the_driver() -> None:
+    history = History()
+    history.add(step(2, 0.0))
+    history.add(step(2, 10.0))
+    assert history.report(schedule_of).difference.driver == 4 * 10**9
+    history.interrupt()
+    history.add(step(2, 100.0))
+    report = history.report(schedule_of)
+    assert (report.difference.driver, report.predicted.makespan) == (0, pytest.approx(6.0))
+    history.add(step(2, 110.0))
+    assert history.report(schedule_of).difference.driver == 4 * 10**9
+
+
+def test_an_evaluation_is_no_part_of_the_step_after_it() -> None:
+    first, second, valid = batches_of_tokens(3)
+    with trainer_of(gpt(), 2, microbatches=4) as trainer:
+        trainer.train_step(first)
+        trainer.train_step(second)
+        assert trainer.report().difference.driver > 0
+        trainer.evaluate([valid])
+        trainer.train_step(first)
+        assert trainer.report().difference.driver == 0
+
+
 def test_without_a_step_there_is_none() -> None:
     with pytest.raises(ValueError, match="report has no step to report on; call fit or train_step first"):
         History().report(schedule_of)

@@ -20,6 +20,7 @@ def test_chunks_and_candidates_bound_it() -> None:
     assert {chunks for _, chunks in Auto().tried(1)} == {1}
     assert "zbv" not in dict(Auto().tried(1))
     assert Auto(candidates=("1f1b", "zbv")).tried(None) == [("1f1b", 1), ("zbv", 2)]
+    assert Auto(candidates=["zbv"]) == Auto(candidates=("zbv",))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,8 @@ def test_chunks_and_candidates_bound_it() -> None:
         ({"latency": -1.0}, ValueError, "latency is -1.0, but it must be positive"),
         ({"bandwidth": None}, TypeError, "bandwidth is None, but it must be a number"),
         ({"candidates": "zbv"}, TypeError, r"candidates is 'zbv', but it must be names such as \('1f1b', 'zbv'\)"),
+        ({"candidates": 5}, TypeError, "candidates is 5, but it must be names"),
+        ({"candidates": (name for name in ("zbv",))}, TypeError, "candidates is <generator .* but it must be names"),
         ({"candidates": ("zbx",)}, ValueError, "the schedule 'zbx' is not known"),
     ],
 )

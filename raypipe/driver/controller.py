@@ -129,6 +129,7 @@ class Controller:
 
     def _forwards(self, batches: Iterable[Any], kind: str) -> Iterator[ForwardReport]:
         queued: deque[Pending] = deque()
+        self.history.interrupt()
         try:
             for batch in _read(batches, self.step):
                 queued.append(self._gang.forward_step(self.step, self._put(batch), kind))

@@ -20,10 +20,16 @@ class History:
 
     def __init__(self) -> None:
         self._steps: deque[list[Trace]] = deque(maxlen=KEPT)
+        self._follows = self._interrupted = False
 
     def add(self, traces: Sequence[Trace]) -> None:
         """Takes one step's traces, by stage."""
         self._steps.append(list(traces))
+        self._follows, self._interrupted = not self._interrupted, False
+
+    def interrupt(self) -> None:
+        """Something else than a step comes: what it takes is no part of the next step."""
+        self._interrupted = True
 
     def report(self, schedule: Callable[[int], Schedule]) -> Report:
         """The last step, held against what the steps right before it that ran the same programs predict.
@@ -44,4 +50,4 @@ class History:
                 break
             earlier.insert(0, traces)
         microbatches = 1 + max(action.microbatch for actions in programs for action in actions)
-        return Report.of(schedule(microbatches), last, earlier=earlier)
+        return Report.of(schedule(microbatches), last, earlier=earlier, follows=self._follows)

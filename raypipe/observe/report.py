@@ -52,6 +52,7 @@ class Report:
         *,
         costs: Costs | None = None,
         earlier: Sequence[Sequence[Trace]] = (),
+        follows: bool = True,
         latency: float | ByChannel | None = None,
     ) -> Report:
         """The report of a step.
@@ -60,8 +61,9 @@ class Report:
             schedule: that was run.
             traces: of the step, by stage.
             costs: of the prediction, in seconds; without them the medians of ``earlier``, else of ``traces``.
-            earlier: the traces of steps before this one, the last of them right before it. So the prediction does not
-                know the step that it is held against, and the time that the driver took in between shows.
+            earlier: the traces of steps before this one, so that the prediction does not know the step that it is held
+                against.
+            follows: whether the last of them was right before it; the time that the driver took in between then shows.
             latency: seconds of every channel, or ``{(source stage, target stage): seconds}``, in the place of that of
                 the costs.
 
@@ -74,7 +76,7 @@ class Report:
             costs = dataclasses.replace(costs, latency=latency)
         predicted = schedule.simulate(costs)
         planned = planned_runs(schedule.programs, predicted)
-        runs = measured_runs(traces, earlier[-1] if earlier else None)
+        runs = measured_runs(traces, earlier[-1] if earlier and follows else None)
         expected = attribute(schedule, planned)
         return cls(
             schedule=schedule,

@@ -42,10 +42,12 @@ class Auto:
         for name, value in limits.items():
             if not (value is None and name == "memory_bytes"):
                 _check_limit(name, value)
-        if self.candidates is not None and (isinstance(self.candidates, str) or not self.candidates):
-            raise TypeError(f"candidates is {self.candidates!r}, but it must be names such as ('1f1b', 'zbv')")
-        for name in self.candidates or ():
-            chunks_of(name)
+        if self.candidates is not None:
+            if not isinstance(self.candidates, (list, tuple)) or not self.candidates:
+                raise TypeError(f"candidates is {self.candidates!r}, but it must be names such as ('1f1b', 'zbv')")
+            for name in self.candidates:
+                chunks_of(name)
+            object.__setattr__(self, "candidates", tuple(self.candidates))
 
     def tried(self, chunks: int | None) -> list[tuple[str, int]]:
         """The schedules to choose from: names with their chunks a stage.
