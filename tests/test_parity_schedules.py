@@ -16,6 +16,8 @@ from raypipe.errors import ScheduleError
 from raypipe.schedule import Schedule, build, chunks_of, names
 
 NAMES = names()
+QUICK = ("interleaved_1f1b", "zb_h2", "zbv")
+SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 SIZES = [(2, 4), (3, 4), (2, 3), (4, 8), (4, 2)]
 """(stages, microbatches): divisible and not, more and fewer microbatches than stages."""
 
@@ -48,8 +50,8 @@ def test_a_schedule_does_not_change_a_bit(name: str, size: tuple[int, int]) -> N
         assert torch.equal(found.state[key], tensor), key
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_tied_gpt_and_t5_are_the_unsplit_models(name: str) -> None:
+@pytest.mark.parametrize("name", SOME)
+def test_a_tied_gpt_and_t5_are_the_unsplit_models(name: str, backend: str = "local") -> None:
     """Their shared weights lie in several chunks, of one stage or of two."""
     for model, batches in (
         (gpt(tied=True, layers=6), batches_of_tokens(2)),
@@ -57,7 +59,7 @@ def test_a_tied_gpt_and_t5_are_the_unsplit_models(name: str) -> None:
     ):
         loss = (lambda m, b: m(**b)) if "tokens" in batches[0] else (lambda m, b: m(**b).loss)
         wanted = unsplit(model, batches, sgd, loss=loss)
-        found = piped(model, batches, 2, schedule=name, microbatches=4, optimizer=sgd)
+        found = piped(model, batches, 2, schedule=name, microbatches=4, optimizer=sgd, backend=backend)
         assert found.losses == pytest.approx(wanted.losses, rel=1e-6)
         assert found.norms == pytest.approx(wanted.norms, rel=1e-5)
         for key, tensor in wanted.state.items():
@@ -65,9 +67,7 @@ def test_a_tied_gpt_and_t5_are_the_unsplit_models(name: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "name", [n if n in ("zbv", "interleaved_1f1b") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.parametrize("name", SOME)
 def test_over_ray(ray_session: Session, name: str) -> None:
     found = run(a_gpt(), batches_of_tokens(3), 2, schedule=name, microbatches=4, backend="ray")
     wanted = in_one_stage(4)
@@ -75,7 +75,14 @@ def test_over_ray(ray_session: Session, name: str) -> None:
     assert all(torch.equal(found.state[key], tensor) for key, tensor in wanted.state.items())
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
+def test_a_tied_gpt_and_t5_over_ray(ray_session: Session, name: str) -> None:
+    test_a_tied_gpt_and_t5_are_the_unsplit_models(name, backend="ray")
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_evaluation_and_prediction(name: str) -> None:
     """The last chunk may be on any stage."""
     model, batch = a_gpt().eval(), batches_of_tokens(1, 6)[0]
