@@ -50,9 +50,8 @@ def test_a_schedule_does_not_change_a_bit(name: str, size: tuple[int, int]) -> N
         assert torch.equal(found.state[key], tensor), key
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_a_tied_gpt_and_t5_are_the_unsplit_models(name: str, backend: str = "local") -> None:
-    """Their shared weights lie in several chunks, of one stage or of two."""
+def assert_shared_weights(name: str, backend: str) -> None:
+    """A tied GPT and T5, whose shared weights lie in several chunks, of one stage or of two."""
     for model, batches in (
         (gpt(tied=True, layers=6), batches_of_tokens(2)),
         (FAMILIES["t5"].build(), [FAMILIES["t5"].batch(8, seed=seed) for seed in range(2)]),
@@ -75,11 +74,16 @@ def test_over_ray(ray_session: Session, name: str) -> None:
     assert all(torch.equal(found.state[key], tensor) for key, tensor in wanted.state.items())
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_a_tied_gpt_and_t5_are_the_unsplit_models(name: str) -> None:
+    assert_shared_weights(name, "local")
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tied_gpt_and_t5_over_ray(ray_session: Session, name: str) -> None:
-    test_a_tied_gpt_and_t5_are_the_unsplit_models(name, backend="ray")
+    assert_shared_weights(name, "ray")
 
 
 @pytest.mark.parametrize("name", SOME)
