@@ -21,6 +21,8 @@ from raypipe.schedule import Costs, Op, build, names
 __all__ = ["Floor", "batch", "costs_of", "run", "run_8", "run_zbv"]
 
 SLEEPS, BOUNDARY_BYTES, MICROBATCHES = Sleeps(0.020, 0.020, 0.020), 256 * 1024, 16
+"""Of a chunk: what an action costs beside its sleep is judged by actions of one length, whatever the schedule."""
+STAGE_SLEEPS = Sleeps(0.040, 0.040, 0.040)
 FORMULA_BARS = {4: 1.08, 8: 1.15}
 SIMULATED_BAR, ZBV_BAR, ZBV_STAGES, ZBV_MICROBATCHES = 1.03, 0.82, 4, 8
 STEPS, ROUNDS_OF_8 = 2, 3
@@ -28,15 +30,13 @@ IN_PARTS = ("1f1b", "zbv")
 
 
 class Floor(NamedTuple):
-    """Seconds that the machine itself takes: for a message, and over a sleep of a whole and of half a stage's."""
+    """Seconds that the machine itself takes: for a message, and over a sleep."""
 
     message: float
     late: float
-    late_half: float
 
     def __str__(self) -> str:
-        late = f"{1e3 * self.late:.2f} and {1e3 * self.late_half:.2f} ms"
-        return f"a message takes {1e3 * self.message:.2f} ms, sleeps of 20 and 10 ms end {late} late"
+        return f"a message takes {1e3 * self.message:.2f} ms, sleeps of 20 ms end {1e3 * self.late:.2f} ms late"
 
 
 def run(rounds: int, say: Callable[[str], None]) -> Subject:
@@ -52,14 +52,17 @@ def run_8(rounds: int, say: Callable[[str], None]) -> Subject:
 def run_zbv(rounds: int, say: Callable[[str], None]) -> Subject:
     """ZBV beside 1F1B, both raypipe's, both alive: each round is two steps of either; who goes first alternates."""
     periods: dict[str, list[float]] = {"1f1b": [], "zbv": []}
-    what = f"p={ZBV_STAGES}, m={ZBV_MICROBATCHES}, F=I=W=20 ms: zbv over 1f1b"
+    what = f"p={ZBV_STAGES}, m={ZBV_MICROBATCHES}, F=I=W=40 ms of a stage, 20 of a chunk: zbv over 1f1b"
     if not set(periods) <= set(names()):
         return Subject("Zero bubbles", [Row(what, f"not run, because names() is {', '.join(names())}", "", None)])
-    ideal = {name: build(name, ZBV_STAGES, ZBV_MICROBATCHES).simulate(costs_of(name)).makespan for name in periods}
+    sleeps = {name: STAGE_SLEEPS.shared(chunks_held(name)) for name in periods}
+    ideal = {
+        name: build(name, ZBV_STAGES, ZBV_MICROBATCHES).simulate(costs_of(sleeps[name])).makespan for name in periods
+    }
     with ExitStack() as stack:
         trainers = {}
         for name in periods:
-            task = _task(name, ZBV_STAGES, ZBV_MICROBATCHES)
+            task = _task(name, ZBV_STAGES, ZBV_MICROBATCHES, sleeps[name])
             trainers[name] = stack.enter_context(trainer_of(task, name, microbatch_weight="samples"))
             trainers[name].train_step(task.batch())
         for number in range(rounds):
@@ -80,11 +83,9 @@ def batch(samples: int = MICROBATCHES) -> tuple[Tensor, Tensor]:
     return torch.zeros(samples, 1), torch.zeros(samples)
 
 
-def costs_of(schedule: str, floor: Floor | None = None) -> Costs:
-    """What a chunk's actions take: its share of a stage's sleeps, each of which ends late; a whole backward has two."""
-    chunks = chunks_held(schedule)
-    sleeps = SLEEPS.shared(chunks)
-    late = 0.0 if floor is None else floor.late if chunks == 1 else floor.late_half
+def costs_of(sleeps: Sleeps, floor: Floor | None = None) -> Costs:
+    """What a chunk's actions take: its sleeps, each of which ends late; a whole backward has two."""
+    late = 0.0 if floor is None else floor.late
     return Costs(
         forward=sleeps.forward + late,
         backward=sleeps.backward + 2 * late,
@@ -94,10 +95,10 @@ def costs_of(schedule: str, floor: Floor | None = None) -> Costs:
     )
 
 
-def _task(schedule: str, stages: int, microbatches: int) -> Task:
+def _task(schedule: str, stages: int, microbatches: int, sleeps: Sleeps) -> Task:
     chunks = chunks_held(schedule) if schedule in names() else 1
     count = stages * chunks
-    model = functools.partial(sleepers, count, SLEEPS.shared(chunks), BOUNDARY_BYTES // 4)
+    model = functools.partial(sleepers, count, sleeps, BOUNDARY_BYTES // 4)
     made = functools.partial(batch, microbatches)
     return Task(model, made, first_mean, sgd, microbatches, (1,) * count, chunks)
 
@@ -107,11 +108,11 @@ def _run(stages: int, rounds: int, say: Callable[[str], None]) -> Subject:
 
     A step counts from the end of the one before it: whatever a user waits for is in it.
     """
-    floor = Floor(message_s(BOUNDARY_BYTES), *overshoot_s(stages, (SLEEPS.forward, SLEEPS.forward / 2)))
+    floor = Floor(message_s(BOUNDARY_BYTES, stages, SLEEPS.forward), *overshoot_s(stages, (SLEEPS.forward,)))
     say(f"p={stages}: {floor}")
     ours: dict[str, list[Steps]] = {}
     theirs: dict[str, list[float]] = {name: [] for name in SCHEDULES if name in names()}
-    tasks = {name: _task(name, stages, MICROBATCHES) for name in names()}
+    tasks = {name: _task(name, stages, MICROBATCHES, SLEEPS) for name in names()}
     with Peer({name: tasks[name] for name in theirs}) as peer:
         for name, task in tasks.items():
             ours[name] = []
@@ -129,11 +130,11 @@ def _run(stages: int, rounds: int, say: Callable[[str], None]) -> Subject:
 
 
 def _rows(stages: int, floor: Floor, ours: dict[str, list[Steps]], theirs: dict[str, list[float]]) -> list[Row]:
-    what = f"p={stages}, m={MICROBATCHES}, F=I=W=20 ms: "
+    what = f"p={stages}, m={MICROBATCHES}, F=I=W=20 ms of a chunk: "
     formula = (MICROBATCHES + stages - 1) * (SLEEPS.forward + SLEEPS.backward)
     rows = []
     for name, steps in ours.items():
-        simulated = build(name, stages, MICROBATCHES).simulate(costs_of(name, floor)).makespan
+        simulated = build(name, stages, MICROBATCHES).simulate(costs_of(SLEEPS, floor)).makespan
         periods = [period for each in steps for period in each.periods]
         rows.append(measured(f"{what}{name} over its simulation", [s / simulated for s in periods], SIMULATED_BAR))
         if name in theirs:
@@ -149,21 +150,19 @@ def _rows(stages: int, floor: Floor, ours: dict[str, list[Steps]], theirs: dict[
 
 def _apart(floor: Floor) -> list[Row]:
     """What the machine takes, in which no step of either side enters."""
-    late = [1e3 * floor.late, 1e3 * floor.late_half]
     return [
         measured("measured apart: a message of 256 KiB, one way", [1e3 * floor.message], unit="ms"),
-        measured("measured apart: lateness of sleeps of 20 and 10 ms", late, unit="ms"),
+        measured("measured apart: lateness of sleeps of 20 ms", [1e3 * floor.late], unit="ms"),
     ]
 
 
 def _parts(name: str, steps: list[Steps]) -> list[Row]:
     """What a step consists of beside the sleeps themselves."""
-    sleeps = SLEEPS.shared(chunks_held(name))
     nominal = {
-        Op.FORWARD: sleeps.forward,
-        Op.BACKWARD: sleeps.backward,
-        Op.INPUT: sleeps.input,
-        Op.WEIGHT: sleeps.weight,
+        Op.FORWARD: SLEEPS.forward,
+        Op.BACKWARD: SLEEPS.backward,
+        Op.INPUT: SLEEPS.input,
+        Op.WEIGHT: SLEEPS.weight,
     }
     rows = []
     for op, seconds in nominal.items():

@@ -37,17 +37,23 @@ def overshoot_s(processes: int, sleeps: tuple[float, ...], repeats: int = 20) ->
     return tuple(median(late for each in measured for late in each[number]) for number in range(len(sleeps)))
 
 
-def message_s(nbytes: int, repeats: int = 200) -> float:
-    """One way of a message between two processes over raypipe's transport: half a round trip, median."""
+def message_s(nbytes: int, processes: int, rest_s: float, repeats: int = 40) -> float:
+    """One way of a message between two processes over raypipe's transport: half a round trip, median.
+
+    As it is in use: all the processes exchange messages in pairs, and rest before each, as one that computes elsewhere
+    does, so that none finds its caches warm.
+    """
     context = multiprocessing.get_context("spawn")
     store, port = serve_store(HOST)
-    ours, theirs = context.Pipe()
+    pipes = [context.Pipe() for _ in range(max(1, processes // 2))]
     workers = [
-        context.Process(target=_ping, args=(rank, port, nbytes, repeats, theirs), daemon=True) for rank in (0, 1)
+        context.Process(target=_ping, args=(pair, rank, port, nbytes, rest_s, repeats, theirs), daemon=True)
+        for pair, (_, theirs) in enumerate(pipes)
+        for rank in (0, 1)
     ]
     for worker in workers:
         worker.start()
-    trips: list[float] = ours.recv()
+    trips: list[float] = [trip for ours, _ in pipes for trip in ours.recv()]
     for worker in workers:
         worker.join()
     del store
@@ -66,15 +72,17 @@ def _sleep(pipe: Connection, sleeps: tuple[float, ...], repeats: int) -> None:
     pipe.send(late)
 
 
-def _ping(rank: int, port: int, nbytes: int, repeats: int, pipe: Connection) -> None:
+def _ping(pair: int, rank: int, port: int, nbytes: int, rest_s: float, repeats: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    store = PrefixStore("ping", join_store(HOST, port, TIMEOUT_S))
+    store = PrefixStore(f"ping/{pair}", join_store(HOST, port, TIMEOUT_S))
     transport = ProcessGroupTransport(store, rank, Wiring(2, ((0, 1), (1, 0))), timeout_s=TIMEOUT_S, host=HOST)
     tensor = torch.zeros(nbytes // 4)
     specs = [TensorSpec(tuple(tensor.shape), tensor.dtype)]
     trips = []
     for _ in range(repeats):
         handle = transport.receive(1 - rank, specs)
+        if rank == 0:
+            time.sleep(rest_s)
         began = time.monotonic()
         if rank == 0:
             transport.send(1, [tensor])

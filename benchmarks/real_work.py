@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from benchmarks.deepspeed_peer import DeepSpeedPeer, missing
 from benchmarks.models import BLOCKS, adamw, gpt, gpt_batch, token_loss
@@ -29,6 +30,9 @@ ALONE = 2
 """Rounds of a schedule that no peer has, at most: they only find the best one."""
 BARS = {"1f1b": 0.90, "gpipe": 0.95, "interleaved_1f1b": 0.90, "interleaved_zb": 0.85, "zbv": 0.85}
 DEEPSPEED_BAR, BEST_BAR = 0.85, 0.90
+FINE = ["0", "*_norm", "*.qkv", "*.out", "*.mlp.*", "*.norm"]
+"""Units inside the blocks: linear layers and norms. raypipe cuts between them as the model is; torch's stages are
+modules, so its user would have to write the model anew."""
 HALVES, ROUNDS_OF_HALVES = ("1f1b",), 3
 
 
@@ -85,10 +89,12 @@ def run(rounds: int, say: Callable[[str], None]) -> Subject:
         say(f"the best are raypipe's {one.name} and torch's {other.name}")
         again = Side("torch", other.name, _steps_of_peer(peer, other.name))
         last = _compare(one.name, tasks[one.name], [again], rounds, say, same=False)
+        again = Side("torch", other.name, _steps_of_peer(peer, other.name))
+        finer = _compare(one.name, tasks[one.name], [again], rounds, say, same=False, units=FINE, balance="flops")
     rows = [row for each in found.values() for row in _rows(each)]
     return Subject(
         "Real work against the peers, raypipe's own cut",
-        [*rows, *_deepspeed_rows(found["1f1b"], without), *_best_rows(*last.sides)],
+        [*rows, *_deepspeed_rows(found["1f1b"], without), *_best_rows(*last.sides), _finer_row(*finer.sides)],
     )
 
 
@@ -120,7 +126,14 @@ def _task(name: str, counts: tuple[int, ...]) -> Task:
 
 
 def _compare(
-    name: str, task: Task, others: list[Side], rounds: int, say: Callable[[str], None], *, same: bool = True
+    name: str,
+    task: Task,
+    others: list[Side],
+    rounds: int,
+    say: Callable[[str], None],
+    *,
+    same: bool = True,
+    **options: Any,
 ) -> Compared:
     """Each round: one step of each side; who goes first alternates. Only then is raypipe's trainer of it alive.
 
@@ -129,9 +142,10 @@ def _compare(
 
     Args:
         same: whether the sides have done as many steps, so that their losses are equal.
+        options: of raypipe's trainer.
     """
     bounds: list[float] = []
-    with trainer_of(task, name) as trainer:
+    with trainer_of(task, name, **options) as trainer:
         sides = [Side("raypipe", name, _steps_of_ours(trainer, task, name, bounds)), *others]
         for number in range(WARM_UP + rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
@@ -212,3 +226,8 @@ def _best_rows(one: Side, other: Side) -> list[Row]:
         measured(f"the best of each: raypipe's {one.name}", one.seconds, unit="s"),
         measured(f"the best of each: torch's {other.name}", other.seconds, unit="s"),
     ]
+
+
+def _finer_row(one: Side, other: Side) -> Row:
+    what = f"raypipe's {one.name}, cut inside the blocks too, over torch's {other.name}, which needs whole ones"
+    return measured(what, _over(one, other))

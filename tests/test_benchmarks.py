@@ -141,13 +141,14 @@ def test_the_best_side_is_that_of_the_least_median() -> None:
     assert best([slow, fast]) is fast
 
 
-def test_costs_are_a_chunks_share_of_a_stages_sleeps_with_their_lateness() -> None:
-    whole, floor = costs_of("1f1b"), Floor(0.002, 0.0003, 0.0002)
-    assert (whole.forward, whole.backward, whole.latency) == (0.020, 0.040, 0.0)
-    late = costs_of("zbv", floor)
+def test_costs_are_sleeps_with_their_lateness() -> None:
+    sleeps, floor = Sleeps(0.010, 0.010, 0.020), Floor(0.002, 0.0002)
+    bare = costs_of(sleeps)
+    assert (bare.forward, bare.backward, bare.latency) == (0.010, pytest.approx(0.030), 0.0)
+    late = costs_of(sleeps, floor)
     assert late.latency == 0.002
-    assert (late.forward, late.input, late.weight) == (pytest.approx(0.0102),) * 3
-    assert late.backward == pytest.approx(0.0204)
+    assert (late.forward, late.input, late.weight) == tuple(map(pytest.approx, (0.0102, 0.0102, 0.0202)))
+    assert late.backward == pytest.approx(0.0304)
 
 
 def _times(at: float, rows: list[tuple[float, float, float]]) -> np.ndarray:
