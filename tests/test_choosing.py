@@ -40,9 +40,9 @@ def test_the_fastest_by_measured_times_is_taken() -> None:
     assert plan.schedule == choice.schedule
     makespans = {(t.schedule.name, t.schedule.chunks): t.found.makespan for t in choice.tried}
     assert makespans[plan.schedule.name, plan.schedule.chunks] == min(makespans.values())
-    assert makespans["zbv", 8] < makespans["1f1b", 4]
+    assert {("1f1b", 4), ("interleaved_1f1b", 8), ("zbv", 8)} <= makespans.keys()
     times = [chunk.time for chunk in plan.partition.chunks]
-    assert all(t is not None and 0 < t.weight < t.backward and t.forward > 0 for t in times)
+    assert all(t is not None and t.weight > 0 and t.input > 0 and t.backward > 0 and t.forward > 0 for t in times)
     assert "chosen among" in str(plan)
 
 
