@@ -129,7 +129,7 @@ class Options:
                     f"{self.schedule.microbatches}; leave microbatches out"
                 )
             self.make_schedule(self.schedule.microbatches)
-        elif self.schedule is Auto or not (isinstance(self.schedule, Auto) or callable(self.schedule)):
+        elif isinstance(self.schedule, type) or not (isinstance(self.schedule, Auto) or callable(self.schedule)):
             raise TypeError(
                 f"schedule is {self.schedule!r}, but must be 'auto', an Auto(), one of {names()}, a Schedule, or a "
                 "callable"
