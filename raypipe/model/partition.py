@@ -161,7 +161,8 @@ def _given(balance: Sequence[int], names: Sequence[str], chunks: int) -> tuple[i
 def _too_many(chunks: int, stages: int, names: Sequence[str]) -> str:
     each = chunks // stages
     asked = f"stages={stages}" if each == 1 else f"stages={stages} with {each} chunks each"
-    most = f"use at most {len(names) // each} stages" if len(names) >= each else "use another schedule"
+    room = len(names) // each
+    most = f"use at most {room} stage{'s' if room > 1 else ''}" if room else "use another schedule"
     return (
         f"{asked} is more than the {len(names)} units that this model can be cut into ({_some(names)}); {most}, or "
         "name smaller units with units=[...]"

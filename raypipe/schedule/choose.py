@@ -129,7 +129,7 @@ def choose(
     if not fitting:
         raise ValueError(
             f"no schedule of {len(tried)} fits in memory: the smallest peak is {closest}; allow more memory, use more "
-            "stages, cut the batch into more microbatches, or recompute activations"
+            "stages, or cut the batch into more microbatches"
         )
     best = min(fitting, key=lambda one: (one.found.makespan, one.peak_bytes))  # the first of equal ones
     return Choice(best, tuple(tried))
