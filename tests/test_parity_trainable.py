@@ -14,6 +14,8 @@ from training import Run, piped, relative, trainer_of, unsplit
 
 from raypipe import StageError
 from raypipe.driver.cluster import Session
+from raypipe.model.weight_queue import run_backward
+from raypipe.stage import compute, losses
 from raypipe.transport.memory import MemoryTransport
 
 WIDTH, WORDS = 8, 13
@@ -219,13 +221,13 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[Tensor]]]
 def backwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every run of autograd, by its number of roots."""
     runs: list[int] = []
-    plain = torch.autograd.backward
 
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        runs.append(1 if isinstance(tensors, Tensor) else len(tensors))
-        plain(tensors, *args, **kwargs)
+    def backward(roots: Any, *args: Any, **kwargs: Any) -> Any:
+        runs.append(len(roots))
+        return run_backward(roots, *args, **kwargs)
 
-    monkeypatch.setattr(torch.autograd, "backward", backward)
+    for module in (compute, losses):
+        monkeypatch.setattr(module, "run_backward", backward)
     return runs
 
 
