@@ -26,6 +26,7 @@ from raypipe.model.seeds import kept_state
 from raypipe.model.twin import Twin
 from raypipe.options import Options
 from raypipe.schedule import Costs, Op, Schedule
+from raypipe.schedule.memory import peak_bytes, peak_in_flight
 from raypipe.stage.inbox import AHEAD
 from raypipe.stage.state_bytes import state_bytes
 
@@ -159,9 +160,9 @@ def stage_plans(
     edges = (0, *partition.cuts, len(sizes.recording.calls))
     held = [list(windows_from(sizes, a))[b - a - 1] for a, b in pairwise(edges)]
     flights = in_flight(schedule)
-    kept = _peak_activations(schedule, [each.activations for each in held])
+    kept = peak_bytes(schedule.programs, [each.activations for each in held])
     made = []
-    for stage, at_once in enumerate(schedule.simulate().peak_in_flight):
+    for stage, at_once in enumerate(peak_in_flight(schedule.programs)):
         own = [number for number in range(schedule.chunks) if schedule.stage_of(number) == stage]
         chunks = [partition.chunks[number] for number in own]
         times = [chunk.time for chunk in chunks if chunk.time is not None]
@@ -178,7 +179,7 @@ def stage_plans(
                 sum(p.optimizer for p in parameters) if state_known else None,
                 sum(held[number].activations for number in own),
                 at_once,
-                kept[stage],
+                int(kept[stage]),
                 sum(_ahead(held[number], flights[number]) for number in own),
                 sum(chunk.flops for chunk in chunks),
                 sum(chunk.backward_flops for chunk in chunks),
@@ -212,21 +213,6 @@ def costs_of(chunks: Sequence[Chunk], latency: float = 0.0, bandwidth: float | N
     backward = tuple(chunk.backward_flops / mean for chunk in chunks)
     half = tuple(each / 2 for each in backward)
     return Costs(tuple(chunk.flops / mean for chunk in chunks), backward, half, half)
-
-
-def _peak_activations(schedule: Schedule, of_chunk: Sequence[int]) -> list[int]:
-    """For each stage the most bytes that it keeps at one time: from a forward to the end of its backward."""
-    peaks = []
-    for program in schedule.programs:
-        alive = peak = 0
-        for action in program:
-            if action.op is Op.FORWARD:
-                alive += of_chunk[action.chunk]
-                peak = max(peak, alive)
-            elif action.op is not Op.INPUT:
-                alive -= of_chunk[action.chunk]
-        peaks.append(peak)
-    return peaks
 
 
 def _ahead(size: Bytes, peak: int) -> int:

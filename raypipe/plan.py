@@ -16,7 +16,7 @@ from raypipe.model.call import Caller
 from raypipe.model.husk import names_of
 from raypipe.model.microbatch import BatchLayout, LayoutCache
 from raypipe.model.origin import Origin
-from raypipe.model.partition import Partition
+from raypipe.model.partition import Chunk, Partition
 from raypipe.model.split_coverage import Coverage
 from raypipe.model.weights import LossRule
 from raypipe.options import Options
@@ -70,16 +70,20 @@ class Plan:
         """The unsplit model: the user's own, or one of husks."""
         return self.origin.model
 
+    def chunks_on(self, stage: int) -> list[Chunk]:
+        """The chunks that a stage holds, in model order."""
+        placement = self.schedule.placement
+        return [chunk for chunk, place in zip(self.partition.chunks, placement, strict=True) if place == stage]
+
     def held_by(self, stage: int) -> tuple[str, ...]:
         """Names of the parameters on a stage, in model order."""
-        chunks = [c for number, c in enumerate(self.partition.chunks) if self.schedule.stage_of(number) == stage]
-        names = {name for chunk in chunks for name in chunk.parameters}
+        names = {name for chunk in self.chunks_on(stage) for name in chunk.parameters}
         return tuple(name for name in names_of(self.skeleton.model)[0] if name in names)
 
     def tensors_of(self, stage: int) -> dict[str, Tensor]:
         """The parameters and buffers that a stage holds, as husks: names, shapes and dtypes."""
         parameters, buffers = names_of(self.skeleton.model)
-        chunks = [c for number, c in enumerate(self.partition.chunks) if self.schedule.stage_of(number) == stage]
+        chunks = self.chunks_on(stage)
         units = {unit for chunk in chunks for unit in chunk.units}
         inside = [name for unit in units for name in self.skeleton.unit_buffers[unit]]
         inside += [name for chunk in chunks for name in chunk.buffers]

@@ -96,7 +96,7 @@ def _halves(found: Coverage, chunks: Sequence[Chunk]) -> str:
     text = f"backwards in halves: {found.share():.1%} of the trained weights' bytes have their gradients in W"
     if not found.whole:
         return text
-    units = {unit: unit for chunk in chunks for unit in chunk.units}
+    units = dict.fromkeys(unit for chunk in chunks for unit in chunk.units)
     kept: dict[str, dict[str, None]] = {}
     for name, functions in found.functions.items():
         unit = next((unit for unit in units if name.startswith(f"{unit}.")), name)
@@ -108,8 +108,7 @@ def _halves(found: Coverage, chunks: Sequence[Chunk]) -> str:
 
 def _units(plan: Plan, stage: StagePlan) -> str:
     """Of each of its chunks, or of all together where that is too long."""
-    chunks = [c for number, c in enumerate(plan.partition.chunks) if plan.schedule.stage_of(number) == stage.stage]
-    text = " + ".join(_span(chunk.units) for chunk in chunks)
+    text = " + ".join(_span(chunk.units) for chunk in plan.chunks_on(stage.stage))
     return text if len(text) <= 56 else _span(stage.units)
 
 
