@@ -38,6 +38,17 @@ def test_a_v_puts_a_heavy_end_beside_a_light_begin() -> None:
     assert sum(lengths) == 9
 
 
+@pytest.mark.parametrize(
+    ("placement", "costs", "by_parts", "best"),
+    [(V, [4.0, 1.0, 1.0, 3.0, 4.0, 1.0], 9.0, 7.0), (LOOP, [3.0, 2.0, 3.0, 4.0, 4.0, 1.0, 1.0], 11.0, 9.0)],
+)
+def test_the_best_parts_are_not_the_best_stages(
+    placement: tuple[int, ...], costs: list[float], by_parts: float, best: float
+) -> None:
+    assert slowest(costs, lightest_split(costs, 4), placement) == by_parts
+    assert slowest(costs, staged_split(costs, placement), placement) == best == brute_force(costs, placement)
+
+
 def test_one_part_a_stage_is_the_exact_split() -> None:
     costs = [5.0, 1.0, 1.0, 2.0, 4.0, 1.0]
     assert staged_split(costs, (0, 1, 2)) == lightest_split(costs, 3)

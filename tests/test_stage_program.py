@@ -27,3 +27,9 @@ def test_ends_of_the_pipeline_talk_to_nobody() -> None:
     assert [(str(i.action), i.source, i.target) for i in first.items] == [("0F0", None, 1), ("0B0", 1, None)]
     assert [(str(i.action), i.source, i.target) for i in last.items] == [("1F0", 0, None), ("1B0", None, 0)]
     assert first.incoming == {1: (Message(1, 0, True),)}
+
+
+def test_a_program_knows_which_backwards_are_in_halves() -> None:
+    everything = {(chunk, microbatch) for chunk in (0, 3) for microbatch in range(3)}
+    assert compile_program(build("zbv", 2, 3), 0).split == everything
+    assert not compile_program(build("1f1b", 2, 3), 0).split
