@@ -85,6 +85,7 @@ def _stepper(task: Task, rank: int) -> Step:
                 "train_micro_batch_size_per_gpu": samples,
                 "gradient_accumulation_steps": task.microbatches,
                 "steps_per_print": sys.maxsize,
+                "gradient_clipping": 0.0,
             },
         )
     microbatches = _microbatches(batch, samples)
