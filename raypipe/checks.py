@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from raypipe.errors import CutError
 from raypipe.model.partition import Partition
 from raypipe.options import Options
+from raypipe.schedule import Action, Op, Schedule
 from raypipe.stage.optimizer import StageOptimizer
 from raypipe.stage.spec import Gradients
 
@@ -24,6 +25,7 @@ __all__ = [
     "Changes",
     "refuse_changing_buffers",
     "refuse_foreign_random_numbers",
+    "refuse_out_of_order",
     "refuse_parameters_in_functions",
     "refuse_untrainable",
     "try_optimizers",
@@ -46,7 +48,11 @@ class Changes:
 
 
 def refuse_changing_buffers(
-    changed: Sequence[str], options: Options, unit_buffers: Mapping[str, Sequence[str]], cut: Partition
+    changed: Sequence[str],
+    options: Options,
+    unit_buffers: Mapping[str, Sequence[str]],
+    cut: Partition,
+    schedule: Schedule,
 ) -> None:
     """Refuses buffers that would be changed once a microbatch, or on one of two stages.
 
@@ -55,9 +61,11 @@ def refuse_changing_buffers(
         options: of the trainer.
         unit_buffers: names of each unit's buffers.
         cut: of the model.
+        schedule: that the model is cut for.
 
     Raises:
-        ValueError: a step's several microbatches would each change one, and ``batch_norm`` does not accept that.
+        ValueError: a step's several microbatches would each change one, and ``batch_norm`` does not accept that; or
+            the schedule would change it in another order.
         CutError: one that is changed is held by two chunks.
     """
     if changed and options.most_microbatches > 1 and options.batch_norm != "microbatch":
@@ -65,6 +73,7 @@ def refuse_changing_buffers(
             f"the forward changes the buffer {changed[0]}, which several microbatches would do several times a step; "
             "use microbatches=1, or give batch_norm='microbatch' to accept a microbatch's own changes"
         )
+    refuse_out_of_order(changed, schedule)
     for unit, names in unit_buffers.items():
         chunks = [number for number, chunk in enumerate(cut.chunks) if unit in chunk.units]
         inside = [name for name in names if name in changed]
@@ -79,6 +88,36 @@ def refuse_changing_buffers(
                 f"chunk {readers[0]} reads the buffer {inside[0]} outside of {unit}, which changes it in chunk "
                 f"{chunks[0]}; keep both in one chunk with balance=[...], or make both ends one unit with units=[...]"
             )
+
+
+def refuse_out_of_order(changed: Sequence[str], schedule: Schedule) -> None:
+    """Refuses forwards out of microbatch order where buffers are changed by them.
+
+    Args:
+        changed: names of the buffers that a forward in train mode changes.
+        schedule: of one number of microbatches.
+
+    Raises:
+        ValueError: a forward runs before that of an earlier microbatch through the same chunk.
+    """
+    if changed and (early := _out_of_order(schedule)) is not None:
+        raise ValueError(
+            f"the forward changes the buffer {changed[0]}, but schedule {schedule.name!r} runs {early} before the forward "
+            "of an earlier microbatch, so the buffer would end differently than in order; run each chunk's forwards in "
+            "microbatch order"
+        )
+
+
+def _out_of_order(schedule: Schedule) -> Action | None:
+    """The first forward that runs before one of an earlier microbatch through the same chunk."""
+    for program in schedule.programs:
+        due = dict.fromkeys((action.chunk for action in program), 0)
+        for action in program:
+            if action.op is Op.FORWARD:
+                if action.microbatch != due[action.chunk]:
+                    return action
+                due[action.chunk] += 1
+    return None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from raypipe.accounting import StagePlan
+from raypipe.checks import refuse_out_of_order
 from raypipe.errors import ScheduleError
 from raypipe.model.build import Skeleton
 from raypipe.model.call import Caller
@@ -48,6 +49,7 @@ class Plan:
         stages: what each stage holds, computes and sends.
         choice: why the schedule is this one, where it was to be chosen.
         coverage: which weights' gradients wait, where the schedule has backwards in halves.
+        changed: names of the buffers that a forward in train mode changes.
     """
 
     topology: Topology
@@ -64,6 +66,7 @@ class Plan:
     stages: tuple[StagePlan, ...] = ()
     choice: Choice | None = None
     coverage: Coverage | None = None
+    changed: tuple[str, ...] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -158,6 +161,7 @@ class Plan:
 
     def _check_schedule(self, microbatches: int) -> None:
         made = self.options.make_schedule(microbatches)
+        refuse_out_of_order(self.changed, made)
         if made.placement != self.schedule.placement:
             raise ScheduleError(
                 f"schedule {made.name!r} of {made.microbatches} microbatches has its chunks on the stages "

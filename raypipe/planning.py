@@ -86,8 +86,9 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     options, choice = chosen(options, len(microbatches), cutter)
     schedule = options.make_schedule(len(microbatches))
     cut, stages = cutter(schedule)
+    changed = tuple(changes.names()) if training else ()
     if training:
-        refuse_changing_buffers(changes.names(), options, skeleton.unit_buffers, cut)
+        refuse_changing_buffers(changed, options, skeleton.unit_buffers, cut, schedule)
     rule = _find_rule(origin, skeleton, caller, batch, layout, options) if training else None
     plan = Plan(
         Topology(options.stages),
@@ -104,6 +105,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         stages,
         choice,
         _coverage(twin, caller, microbatches[0].batch) if training and schedule.in_halves else None,
+        changed,
     )
     if training:
         _try_optimizers(plan)

@@ -277,6 +277,7 @@ class PipelineTrainer:
 
         Raises:
             ValueError: no step was taken, or ``path`` ends otherwise.
+            FileNotFoundError: the folder of ``path`` is missing.
         """
         made = self._history.report(lambda microbatches: self.plan().options.make_schedule(microbatches))
         if path is not None:

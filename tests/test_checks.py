@@ -17,6 +17,7 @@ from training import trainer_of
 
 from raypipe import PipelineTrainer
 from raypipe.errors import CutError
+from raypipe.schedule import Schedule, build
 
 
 class Toy(nn.Module):
@@ -99,6 +100,30 @@ def test_a_buffer_that_each_microbatch_would_change_is_refused_unless_that_is_ac
     trainer(model, microbatches=1)
     model[0].eval()  # the root stays in train mode
     trainer(model)
+
+
+def test_forwards_out_of_order_are_refused_where_they_change_a_buffer() -> None:
+    model = nn.Sequential(Averaging(), nn.Linear(4, 3))
+    turned = Schedule.from_csv("0F1,0F0,0B0,0B1\n1F1,1F0,1B0,1B1", "turned")
+    given: dict[str, Any] = {"microbatches": None, "batch_norm": "microbatch"}
+    with pytest.raises(ValueError, match="'turned' runs 0F1 before the forward of an earlier microbatch"):
+        trainer(model, **given, schedule=turned)
+    trainer(model, **given, schedule=build("1f1b", 2, 2))
+    model[0].eval()
+    trainer(model, **given, schedule=turned)
+
+
+def test_so_is_a_schedule_of_another_number_of_microbatches() -> None:
+    model = nn.Sequential(Averaging(), nn.Linear(4, 3))
+    turned = Schedule.from_csv("0F1,0F0,0B0,0B1\n1F1,1F0,1B0,1B1", "turned")
+
+    def make(stages: int, microbatches: int) -> Schedule:
+        return turned if microbatches == 2 else build("1f1b", stages, microbatches)
+
+    with trainer(model, microbatches=4, batch_norm="microbatch", schedule=make, backend="local") as made:
+        with pytest.raises(ValueError, match="runs 0F1 before the forward of an earlier microbatch"):
+            made.train_step((torch.randn(2, 4), torch.randint(3, (2,))))
+        made.train_step((torch.randn(4, 4), torch.randint(3, (4,))))
 
 
 def test_an_optimizer_of_other_parameters_is_refused() -> None:
