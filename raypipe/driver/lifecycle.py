@@ -23,7 +23,7 @@ KILL_TIMEOUT_S = 10.0
 def start_actors(
     topology: Topology, bundle: Mapping[str, float], group: PlacementGroup, name: str, timeout_s: float
 ) -> list[Any]:
-    """One actor a rank, in the bundle of its number. They end with the driver: none is detached.
+    """One actor a rank, in the bundle of its tensor group. They end with the driver: none is detached.
 
     Args:
         topology: the grid of ranks.
@@ -42,7 +42,9 @@ def start_actors(
             num_cpus=bundle.get("CPU", 0),
             num_gpus=bundle.get("GPU", 0),
             resources={key: amount for key, amount in bundle.items() if key not in named},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=rank // topology.tensor
+            ),
             max_restarts=0,
             **options,
         )

@@ -82,7 +82,7 @@ def launch(
     try:
         bundle = asked or default_resources()
         name = f"raypipe-{secrets.token_hex(4)}"
-        group = reserve(bundle, topology.size, timeout_s=room_timeout_s, name=name)
+        group = reserve(bundle, topology, timeout_s=room_timeout_s, name=name)
         gang = RayGang(topology, group, bundle, name, own, step_timeout_s, first_step_timeout_s)
     except BaseException:
         tear_down((), group, own, set())

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from raypipe.driver.ray_private import free_by_node
+from raypipe.driver.placement import arrange, group_bundle
+from raypipe.driver.rooms import Room, capacity, rooms
 from raypipe.errors import ResourcesError
+from raypipe.topology import Topology
 
-__all__ = ["Room", "capacity", "default_resources", "refusal", "reserve", "rooms"]
+__all__ = ["default_resources", "refusal", "reserve"]
 
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """A node's resources: all, and what is free now."""
-
-    ip: str
-    total: dict[str, float]
-    free: dict[str, float]
+NODE_LABEL = "ray.io/node-id"
+"""Ray gives every node this label."""
 
 
 def default_resources() -> dict[str, float]:
@@ -29,25 +22,7 @@ def default_resources() -> dict[str, float]:
     return {"CPU": 1.0}
 
 
-def rooms() -> list[Room]:
-    """Every node that is alive."""
-    free = free_by_node()
-    return [
-        Room(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"]
-    ]
-
-
-def capacity(bundle: Mapping[str, float], nodes: list[Room]) -> int:
-    """How many ranks the nodes could hold if nothing else ran on them."""
-    # A hair above, since a share such as 1/3 is stored by Ray to four decimals.
-    return sum(
-        min(math.floor(node.total.get(name, 0.0) / amount + 1e-3) for name, amount in bundle.items()) for node in nodes
-    )
-
-
-def refusal(bundle: Mapping[str, float], ranks: int, nodes: list[Room], waited_s: float | None) -> str:
+def refusal(bundle: Mapping[str, float], topology: Topology, nodes: Sequence[Room], waited_s: float | None) -> str:
     """The sentence: what was wanted, what every node has, what to change."""
     names = sorted(bundle)
     have = "; ".join(
@@ -56,30 +31,53 @@ def refusal(bundle: Mapping[str, float], ranks: int, nodes: list[Room], waited_s
         for node in nodes
     )
     each = ", ".join(f"{name} {bundle[name]:g}" for name in names)
+    together = f", {topology.tensor} together on one node" if topology.tensor > 1 else ""
     if waited_s is None:
-        why = f"but the whole cluster has room for {capacity(bundle, nodes)}"
+        possible = capacity(group_bundle(bundle, topology.tensor), nodes) * topology.tensor
+        why = f"but the whole cluster has room for {possible}"
     else:
         why = f"and that much did not become free within {waited_s:g} s"
+    change = [
+        "stages",
+        *(["data_parallel"] if topology.replicas > 1 else []),
+        *(["tensor_parallel"] if topology.tensor > 1 else []),
+    ]
     return (
-        f"{ranks} ranks want {each} each, {why}: {have}; "
-        "lower stages or resources_per_stage, add nodes, or end what else is running"
+        f"{topology.size} ranks want {each} each{together}, {why}: {have}; "
+        f"lower {', '.join(change)} or resources_per_stage, add nodes, or end what else is running"
     )
 
 
-def reserve(bundle: Mapping[str, float], ranks: int, *, timeout_s: float = 30.0, name: str = "") -> PlacementGroup:
-    """Reserves ``bundle`` once for each rank, all or nothing.
+def reserve(
+    bundle: Mapping[str, float], topology: Topology, *, timeout_s: float = 30.0, name: str = ""
+) -> PlacementGroup:
+    """Reserves room for all ranks, all or nothing: one bundle for each tensor group, in order of ranks.
+
+    Where there is room now, the nodes are chosen as ``placement.arrange`` says; where it must become free first, Ray
+    packs the bundles.
+
+    Args:
+        bundle: the resources of one rank.
+        topology: the grid of ranks.
+        timeout_s: how long to wait for room that is taken, in seconds.
+        name: of the placement group.
 
     Raises:
         ResourcesError: at once where the cluster could never hold them, else after ``timeout_s`` seconds.
     """
-    nodes = rooms()
-    if capacity(bundle, nodes) < ranks:
-        raise ResourcesError(refusal(bundle, ranks, nodes, None))
-    group: PlacementGroup = placement_group([dict(bundle)] * ranks, strategy="PACK", name=name)
+    nodes, group = rooms(), group_bundle(bundle, topology.tensor)
+    count = topology.replicas * topology.stages
+    if capacity(group, nodes) < count:
+        raise ResourcesError(refusal(bundle, topology, nodes, None))
+    places = arrange(topology, group, nodes)
+    labels = None if places is None else [{NODE_LABEL: nodes[place].id} for place in places]
+    reserved: PlacementGroup = placement_group(
+        [group] * count, strategy="PACK", name=name, bundle_label_selector=labels
+    )
     try:
-        if not group.wait(timeout_s):
-            raise ResourcesError(refusal(bundle, ranks, rooms(), timeout_s))
+        if not reserved.wait(timeout_s):
+            raise ResourcesError(refusal(bundle, topology, rooms(), timeout_s))
     except BaseException:
-        remove_placement_group(group)
+        remove_placement_group(reserved)
         raise
-    return group
+    return reserved
