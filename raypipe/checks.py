@@ -102,9 +102,9 @@ def refuse_out_of_order(changed: Sequence[str], schedule: Schedule) -> None:
     """
     if changed and (early := _out_of_order(schedule)) is not None:
         raise ValueError(
-            f"the forward changes the buffer {changed[0]}, but schedule {schedule.name!r} runs {early} before the forward "
-            "of an earlier microbatch, so the buffer would end differently than in order; run each chunk's forwards in "
-            "microbatch order"
+            f"the forward changes the buffer {changed[0]}, but schedule {schedule.name!r} runs {early} before the "
+            "forward of an earlier microbatch, so the buffer would end differently than in order; run each chunk's "
+            "forwards in microbatch order"
         )
 
 

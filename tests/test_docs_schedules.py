@@ -72,5 +72,5 @@ def test_the_python_runs_and_prints_what_stands_below_it() -> None:
                 exec(text, values)
             assert found[number + 1] == ("text", printed.getvalue())
             compared += 1
-    assert compared == 3
+    assert compared == 4
     assert isinstance(values["mine"], Schedule)

@@ -36,7 +36,9 @@ def test_the_sentence_says_what_was_wanted_and_what_each_node_has() -> None:
 
 def test_a_tensor_group_wants_one_node() -> None:
     sentence = refusal({"CPU": 2}, Topology(2, replicas=2, tensor=2), NODES, None)
-    assert sentence.startswith("8 ranks want CPU 2 each, 2 together on one node, but the whole cluster has room for 4: ")
+    assert sentence.startswith(
+        "8 ranks want CPU 2 each, 2 together on one node, but the whole cluster has room for 4: "
+    )
     assert "; lower stages, data_parallel, tensor_parallel or resources_per_stage" in sentence
 
 

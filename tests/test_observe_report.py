@@ -90,7 +90,7 @@ def test_it_is_written_as_its_suffix_says(tmp_path: Path) -> None:
             ValueError, match=f"a report cannot be written to '.*{name}'; give a path that ends in .json"
         ):
             report.write(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="the folder '.*missing' is missing; make it first"):
+    with pytest.raises(FileNotFoundError, match=r"the folder '.*missing' is missing; make it first"):
         report.write(tmp_path / "missing" / "report.txt")
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -160,8 +160,8 @@ class Report:
             raise ValueError(f"a report cannot be written to {str(path)!r}; give a path that ends in .json or .txt")
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(
-                f"a report cannot be written to {str(path)!r}, as the folder {str(Path(path).parent)!r} is missing; make "
-                "it first, or give a path in a folder that is there"
+                f"a report cannot be written to {str(path)!r}, as the folder {str(Path(path).parent)!r} is missing; "
+                "make it first, or give a path in a folder that is there"
             )
         text = json.dumps(self.to_dict()) if suffix == ".json" else str(self)
         Path(path).write_text(f"{text}\n", encoding="utf-8")
