@@ -27,6 +27,7 @@ from raypipe.model.twin import Twin
 from raypipe.options import Options
 from raypipe.schedule import Costs, Op, Schedule
 from raypipe.schedule.memory import peak_bytes, peak_in_flight
+from raypipe.stage.holders import largest_part
 from raypipe.stage.inbox import AHEAD
 from raypipe.stage.state_bytes import state_bytes
 
@@ -43,7 +44,8 @@ class StagePlan:
         parameters: how many numbers its parameters are.
         weights_bytes: of its parameters and buffers.
         gradients_bytes: of its trainable parameters.
-        optimizer_bytes: of the optimizer's state, or None where the optimizer could not be tried without data.
+        optimizer_bytes: of the optimizer's state, the largest part where replicas share it out; None where the
+            optimizer could not be tried without data.
         activations_bytes: kept for the backward of one microbatch, by all of its chunks.
         peak_in_flight: the most microbatches at one time whose forward has begun and whose backward has not ended, once
             for each chunk that holds one.
@@ -146,7 +148,7 @@ def in_flight(schedule: Schedule) -> tuple[int, ...]:
 
 
 def stage_plans(
-    partition: Partition, schedule: Schedule, sizes: Sizes, counts: dict[str, int], state_known: bool
+    partition: Partition, schedule: Schedule, sizes: Sizes, counts: dict[str, int], state_known: bool, sharing: int = 1
 ) -> tuple[StagePlan, ...]:
     """The stages of a plan.
 
@@ -156,6 +158,7 @@ def stage_plans(
         sizes: of the model.
         counts: number of elements of each parameter.
         state_known: whether the optimizer's state is.
+        sharing: how many replicas share it out.
     """
     edges = (0, *partition.cuts, len(sizes.recording.calls))
     held = [list(windows_from(sizes, a))[b - a - 1] for a, b in pairwise(edges)]
@@ -169,6 +172,8 @@ def stage_plans(
         units = tuple(unit for chunk in chunks for unit in chunk.units)
         names = {name for chunk in chunks for name in chunk.parameters}
         parameters = [sizes.parameters[name] for name in names]
+        trained = {name for name in names if sizes.parameters[name].gradient}
+        state = {name: sizes.parameters[name].optimizer for name in counts if name in trained}
         made.append(
             StagePlan(
                 stage,
@@ -176,7 +181,7 @@ def stage_plans(
                 sum(counts[name] for name in names),
                 sum(p.weight for p in parameters) + sizes.buffers(units),
                 sum(p.gradient for p in parameters),
-                sum(p.optimizer for p in parameters) if state_known else None,
+                largest_part({name: counts[name] for name in state}, state, sharing) if state_known else None,
                 sum(held[number].activations for number in own),
                 at_once,
                 int(kept[stage]),

@@ -43,11 +43,11 @@ def advice(plan: Plan, bubble: float) -> list[str]:
                 f"stage {stage.stage} needs {short(stage.total_bytes)}B and this {what} has {short(memory)}B: use more "
                 "stages, more microbatches, or balance='memory'"
             )
-    count = len(plan.stages)
+    count = plan.topology.size
     # A copy takes its microbatches one after the other: one is in flight. (A shared weight counts at each holder.)
     need = sum(s.total_bytes - s.received_bytes - s.peak_activations_bytes + s.activations_bytes for s in plan.stages)
     copies = count if what == "machine" else 1
-    if count > 1 and plan.rule is not None and plan.samples >= count and need * copies <= memory:
+    if len(plan.stages) > 1 and plan.rule is not None and plan.samples >= count and need * copies <= memory:
         sends = 2 * plan.schedule.microbatches * sum(s.sends_bytes for s in plan.stages)
         gradients = sum(s.gradients_bytes for s in plan.stages)
         lines.append(

@@ -65,9 +65,14 @@ def refuse_changing_buffers(
 
     Raises:
         ValueError: a step's several microbatches would each change one, and ``batch_norm`` does not accept that; or
-            the schedule would change it in another order.
+            the schedule would change it in another order, or replicas each by its own share.
         CutError: one that is changed is held by two chunks.
     """
+    if changed and options.data_parallel > 1:
+        raise ValueError(
+            f"the forward changes the buffer {changed[0]}, which each replica would change by its own share of a "
+            "batch; use data_parallel=1, or freeze it by .eval()"
+        )
     if changed and options.most_microbatches > 1 and options.batch_norm != "microbatch":
         raise ValueError(
             f"the forward changes the buffer {changed[0]}, which several microbatches would do several times a step; "
@@ -233,7 +238,8 @@ def _tried(
     stand_in: Callable[[nn.Parameter], nn.Parameter],
 ) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer | None]:
     own = {name: stand_in(parameter) for name, parameter in parameters.items()}
-    return own, StageOptimizer(rank, own, gradients, options.optimizer, options.lr_scheduler, None, None).optimizer
+    makers, sharded = (options.optimizer, options.lr_scheduler), options.shard == "optimizer"
+    return own, StageOptimizer(rank, own, gradients, *makers, None, None, sharded=sharded).optimizer
 
 
 def _fake(parameter: nn.Parameter) -> nn.Parameter:

@@ -48,13 +48,18 @@ def chosen(options: Options, microbatches: int, cutter: Cutter) -> tuple[Options
                 f"chunks={options.chunks}, but no schedule that may be chosen holds so many a stage; leave chunks out"
             )
         )
-    choice = choose(tuple(made), lambda s: made[s][0], _limit(auto, options.stages), bytes_of=lambda s: made[s][1])
+    choice = choose(
+        tuple(made),
+        lambda s: made[s][0],
+        _limit(auto, options.stages * options.data_parallel),
+        bytes_of=lambda s: made[s][1],
+    )
     found = choice.schedule
     return dataclasses.replace(options, schedule=found.name, chunks=found.chunks // found.stages), choice
 
 
-def _limit(auto: Auto, stages: int) -> float:
+def _limit(auto: Auto, ranks: int) -> float:
     if auto.memory_bytes is not None:
         return float(auto.memory_bytes)
     memory, what = device_memory()
-    return float(memory if what == "GPU" else memory / stages)
+    return float(memory if what == "GPU" else memory / ranks)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from raypipe.accounting import StagePlan, in_flight, sizes_of, stage_plans
 from raypipe.model.build import Skeleton
 from raypipe.model.cost import CallTime
 from raypipe.model.husk import names_of
-from raypipe.model.memory import worst_case
+from raypipe.model.memory import Sizes, worst_case
 from raypipe.model.partition import Partition, partition
 from raypipe.model.recording import Recording
 from raypipe.model.saved import Saved
@@ -53,6 +54,7 @@ class Cutter:
             CutError: a given cut parts what has to stay in one chunk, or too few other cuts are left.
         """
         by_memory = self._options.balance == "memory"
+        sharing = self._options.data_parallel if self._options.shard else 1
         cut = partition(
             self._recording,
             self._twin.unit_parameters,
@@ -61,6 +63,14 @@ class Cutter:
             self._options.balance,
             placement=schedule.placement,
             times=self._times,
-            memory=worst_case(self._sizes, in_flight(schedule), AHEAD) if by_memory else None,
+            memory=worst_case(_parted(self._sizes, sharing), in_flight(schedule), AHEAD) if by_memory else None,
         )
-        return cut, stage_plans(cut, schedule, self._sizes, self._counts, self._state_known)
+        return cut, stage_plans(cut, schedule, self._sizes, self._counts, self._state_known, sharing)
+
+
+def _parted(sizes: Sizes, sharing: int) -> Sizes:
+    """The sizes as one of ``sharing`` replicas has them, with an even part of the optimizer's state."""
+    parameters = {
+        name: dataclasses.replace(each, optimizer=each.optimizer // sharing) for name, each in sizes.parameters.items()
+    }
+    return dataclasses.replace(sizes, parameters=parameters)

@@ -67,6 +67,7 @@ class StageError(StepError):
         microbatch: number of the microbatch, or None outside the actions.
         step: number of the step, from 0.
         cause: the exception itself where it could be pickled, else its text.
+        replica: number of the pipeline's copy, or None where there is only one.
         trace: the cause's own traceback as text; it is the end of this error's text.
     """
 
@@ -80,13 +81,15 @@ class StageError(StepError):
         chunk: int | None = None,
         microbatch: int | None = None,
         trace: str | None = None,
+        replica: int | None = None,
     ) -> None:
         if trace is None:
             trace = "".join(traceback.format_exception(cause)) if isinstance(cause, BaseException) else cause
         self.stage, self.action, self.step, self.cause = stage, action, step, cause
-        self.chunk, self.microbatch, self.trace = chunk, microbatch, trace
+        self.chunk, self.microbatch, self.trace, self.replica = chunk, microbatch, trace, replica
         piece = "" if microbatch is None else f", microbatch {microbatch}"
-        super().__init__(f"stage {stage}, action {action}{piece}, step {step} failed:\n\n{trace.rstrip()}")
+        where = _named(stage, replica)
+        super().__init__(f"{where}, action {action}{piece}, step {step} failed:\n\n{trace.rstrip()}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_stage_error, (
@@ -97,40 +100,45 @@ class StageError(StepError):
             self.chunk,
             self.microbatch,
             self.trace,
+            self.replica,
         )
 
 
 class StageLost(StepError):
     """The process of a stage is gone (killed, out of memory, its node lost).
 
-    Attributes: ``stage``, ``rank``, ``reason`` (what the runtime knows of it), ``step`` (or None).
+    Attributes: ``stage``, ``rank``, ``reason`` (what the runtime knows of it), ``step`` (or None), ``replica`` (or None
+    where there is only one).
     """
 
-    def __init__(self, stage: int, rank: int, reason: str, step: int | None = None) -> None:
-        self.stage, self.rank, self.reason, self.step = stage, rank, reason, step
+    def __init__(self, stage: int, rank: int, reason: str, step: int | None = None, replica: int | None = None) -> None:
+        self.stage, self.rank, self.reason, self.step, self.replica = stage, rank, reason, step, replica
         when = "" if step is None else f" in step {step}"
-        super().__init__(f"stage {stage} (rank {rank}) is gone{when}: {reason}")
+        super().__init__(f"{_named(stage, replica)} (rank {rank}) is gone{when}: {reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.stage, self.rank, self.reason, self.step)
+        return type(self), (self.stage, self.rank, self.reason, self.step, self.replica)
 
 
 class StageStuck(StepError):
     """A stage is at one action for longer than ``step_timeout_s``.
 
-    Attributes: ``stage``, ``action``, ``seconds``, ``ranks`` (what every rank was doing, one line each).
+    Attributes: ``stage``, ``action``, ``seconds``, ``ranks`` (what every rank was doing, one line each), ``replica``
+    (or None where there is only one).
     """
 
-    def __init__(self, stage: int, action: str, seconds: float, ranks: tuple[str, ...] = ()) -> None:
-        self.stage, self.action, self.seconds, self.ranks = stage, action, seconds, ranks
+    def __init__(
+        self, stage: int, action: str, seconds: float, ranks: tuple[str, ...] = (), replica: int | None = None
+    ) -> None:
+        self.stage, self.action, self.seconds, self.ranks, self.replica = stage, action, seconds, ranks, replica
         lines = "".join(f"\n  {line}" for line in ranks)
         super().__init__(
-            f"stage {stage} has been at action {action} for {seconds:.0f} s; raise step_timeout_s if that is normal"
-            f"{lines}"
+            f"{_named(stage, replica)} has been at action {action} for {seconds:.0f} s; raise step_timeout_s if that "
+            f"is normal{lines}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.stage, self.action, self.seconds, self.ranks)
+        return type(self), (self.stage, self.action, self.seconds, self.ranks, self.replica)
 
 
 class PeerLost(StepError):
@@ -145,6 +153,10 @@ class PeerLost(StepError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.peer, self.reason)
+
+
+def _named(stage: int, replica: int | None) -> str:
+    return f"stage {stage}" if replica is None else f"stage {stage} of replica {replica}"
 
 
 def _picklable(cause: BaseException | str) -> BaseException | str:
@@ -166,5 +178,6 @@ def _rebuild_stage_error(
     chunk: int | None,
     microbatch: int | None,
     trace: str,
+    replica: int | None = None,
 ) -> StageError:
-    return StageError(stage, action, step, cause, chunk=chunk, microbatch=microbatch, trace=trace)
+    return StageError(stage, action, step, cause, chunk=chunk, microbatch=microbatch, trace=trace, replica=replica)

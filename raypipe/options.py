@@ -30,8 +30,6 @@ __all__ = [
 NOT_YET: Mapping[str, Any] = {
     "tensor_parallel": 1,
     "tensor_parallel_plan": None,
-    "data_parallel": 1,
-    "shard": None,
     "precision": "fp32",
     "recompute": "none",
     "compile": False,
@@ -66,6 +64,8 @@ class Options:
     balance: str | Sequence[int] = "flops"
     batch_norm: str | None = None
     threads: int | None = None
+    data_parallel: int = 1
+    shard: str | None = None
     resources_per_stage: Mapping[str, float] | None = None
     evaluate_every: int | None = None
     log_every: int = 10
@@ -79,6 +79,7 @@ class Options:
         if self.schedule == "auto":
             object.__setattr__(self, "schedule", Auto())
         _whole("stages", self.stages)
+        _whole("data_parallel", self.data_parallel)
         for name in ("microbatches", "chunks", "threads", "evaluate_every"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name))
@@ -91,6 +92,7 @@ class Options:
             raise ValueError(f"backend is {self.backend!r}, but must be 'ray' or 'local'")
         if self.batch_norm not in (None, "microbatch"):
             raise ValueError(f"batch_norm is {self.batch_norm!r}, but must be 'microbatch' or None")
+        self._check_shard()
         self._check_callables()
         self._check_schedule()
         self._check_resources()
@@ -110,6 +112,20 @@ class Options:
             raise TypeError(f"metrics is {self.metrics!r}, but must be a dict of callables metric(outputs, batch)")
         if taken := sorted({"loss", "samples"} & set(self.metrics)):
             raise ValueError(f"metrics has the name {taken[0]!r}, which evaluate gives by itself; choose another name")
+
+    def _check_shard(self) -> None:
+        if self.shard not in (None, "optimizer", "parameters"):
+            raise ValueError(f"shard is {self.shard!r}, but must be 'optimizer' or None")
+        if self.shard == "parameters":
+            raise ValueError(
+                "shard='parameters' is not built yet; shard='optimizer' shares the optimizer's state out, and more "
+                "stages share out the parameters"
+            )
+        if self.shard is not None and self.data_parallel == 1:
+            raise ValueError(
+                f"shard={self.shard!r} shares the optimizer out among replicas, but data_parallel is 1; give "
+                "data_parallel=2 or more, or leave shard out"
+            )
 
     def _check_resources(self) -> None:
         asked = check_resources(self.resources_per_stage) or {}
@@ -137,10 +153,15 @@ class Options:
 
     @property
     def most_microbatches(self) -> int:
-        """How many microbatches a batch is cut into, if it has the samples."""
+        """How many microbatches a replica's share of a batch is cut into, if it has the samples."""
         if isinstance(self.schedule, Schedule):
             return self.schedule.microbatches
         return self.microbatches or 16
+
+    @property
+    def most_pieces(self) -> int:
+        """How many microbatches a batch has in all replicas together, if it has the samples."""
+        return self.most_microbatches * self.data_parallel
 
     @property
     def make_schedule(self) -> ScheduleMaker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from raypipe.model.split_coverage import Coverage
 from raypipe.model.weights import LossRule
 from raypipe.options import Options
 from raypipe.schedule import Choice, Schedule
+from raypipe.stage.holders import gradients_of
+from raypipe.stage.share import check_samples, share_sizes
 from raypipe.stage.spec import Gradients, PipelineSpec
 from raypipe.stage.worker import StageWorker
 from raypipe.topology import Topology
@@ -96,27 +99,16 @@ class Plan:
     def gradients(self) -> Gradients:
         """Whose gradients are whose."""
         held = [self.held_by(stage) for stage in range(self.topology.stages)]
-        trainable = [name for name, p in names_of(self.skeleton.model)[0].items() if p.requires_grad]
-        holders = {name: tuple(s for s, names in enumerate(held) if name in names) for name in trainable}
-        shared: dict[tuple[int, ...], list[str]] = {}
-        for name, stages in holders.items():
-            if len(stages) > 1:
-                shared.setdefault(tuple(self.topology.rank(s) for s in stages), []).append(name)
-        owned = tuple(
-            tuple(name for name in trainable if holders[name] and holders[name][0] == stage)
-            for stage in range(self.topology.stages)
-        )
-        order = tuple(name for name in trainable if holders[name])
-        return Gradients(owned, order, {ranks: tuple(names) for ranks, names in shared.items()})
+        sizes = {name: p.numel() for name, p in names_of(self.skeleton.model)[0].items() if p.requires_grad}
+        return gradients_of(self.topology, held, sizes, sharded=self.options.shard == "optimizer")
 
     def wiring(self) -> Wiring:
         """Which ranks talk to which."""
-        pairs: dict[tuple[int, int], None] = {}
-        for chunk in range(self.schedule.chunks - 1):
-            one, other = self.schedule.stage_of(chunk), self.schedule.stage_of(chunk + 1)
+        pairs: set[tuple[int, int]] = set()
+        for replica, chunk in itertools.product(range(self.topology.replicas), range(self.schedule.chunks - 1)):
+            one, other = (self.topology.rank(self.schedule.stage_of(c), replica) for c in (chunk, chunk + 1))
             if one != other:
-                pairs[self.topology.rank(one), self.topology.rank(other)] = None
-                pairs[self.topology.rank(other), self.topology.rank(one)] = None
+                pairs |= {(one, other), (other, one)}
         return Wiring(self.topology.size, tuple(sorted(pairs)), tuple(sorted(self.gradients().shared)))
 
     def spec(self) -> PipelineSpec:
@@ -141,6 +133,7 @@ class Plan:
             metrics=options.metrics,
             seed=options.seed,
             threads=options.threads or 1,
+            shard=options.shard,
         )
 
     def build_of(self, rank: int) -> Callable[[], StageWorker]:
@@ -148,14 +141,22 @@ class Plan:
         share = self.origin.share(self.tensors_of(self.topology.place(rank).stage))
         return functools.partial(_build, self.spec(), rank, share)
 
-    def admission(self) -> Callable[[Any], None]:
-        """A check of each batch on the driver, before it is queued: what is wrong with one must not end the ranks."""
+    def admission(self, *, whole: bool = False) -> Callable[[Any], None]:
+        """A check of each batch on the driver, before it is queued: what is wrong with one must not end the ranks.
+
+        Args:
+            whole: whether a batch goes to one replica, as in evaluation; else each has a share.
+        """
         layouts = LayoutCache(self.layout, self.options.batch_dims)
         check_schedule = functools.cache(self._check_schedule)
+        replicas = 1 if whole else self.topology.replicas
 
         def admit(batch: Any) -> None:
             self.caller.check(batch)
-            check_schedule(min(layouts.find(batch).samples(batch), self.options.most_microbatches))
+            samples = layouts.find(batch).samples(batch)
+            check_samples(samples, replicas)
+            for size in set(share_sizes(samples, replicas)):
+                check_schedule(min(size, self.options.most_microbatches))
 
         return admit
 

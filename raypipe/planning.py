@@ -40,6 +40,7 @@ from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
 from raypipe.plan import Plan
 from raypipe.schedule import Auto
+from raypipe.stage.share import share_of
 from raypipe.topology import Topology
 
 __all__ = ["make_plan", "planned_origin"]
@@ -68,14 +69,16 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     caller.check(batch)  # before it is cut, so that the sentence speaks of the user's batch
     layout = find_layout(batch, options.batch_dims)
     samples = layout.samples(batch)
-    microbatches = layout.split(batch, options.most_microbatches)
+    # An evaluation's batch goes to one replica; in training the first one's share is as large as any.
+    replicas = options.data_parallel if training else 1
+    microbatches = share_of(layout, batch, 0, replicas, options.most_microbatches).microbatches
     if training:
         refuse_untrainable(model)
     skeleton = make_skeleton(model, options.units, None if origin.is_whole else origin.tensor)
     if not (training and skeleton.model.training):  # a root in train mode keeps its submodules' own modes
         skeleton.model.train(training)
     if training:  # by the most microbatches that a batch may have: this one may be small
-        refuse_batch_norm(skeleton.model, options.most_microbatches, options.batch_norm)
+        refuse_batch_norm(skeleton.model, options.most_pieces, options.batch_norm, replicas)
     twin = Twin(skeleton.model, options.units)
     changes = Changes(twin.model)
     recording, saved = observed(twin, caller, microbatches[0].batch, training=training)
@@ -91,7 +94,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         refuse_changing_buffers(changed, options, skeleton.unit_buffers, cut, schedule)
     rule = _find_rule(origin, skeleton, caller, batch, layout, options) if training else None
     plan = Plan(
-        Topology(options.stages),
+        Topology(options.stages, options.data_parallel),
         cut,
         schedule,
         layout,
@@ -138,9 +141,9 @@ def _times(
 
 def _try_optimizers(plan: Plan) -> None:
     parameters = names_of(plan.model)[0]
+    ranks = range(plan.topology.size) if plan.options.shard else plan.topology.ranks_of(0)
     held = [
-        (plan.topology.rank(stage), {name: parameters[name] for name in plan.held_by(stage)})
-        for stage in range(plan.topology.stages)
+        (rank, {name: parameters[name] for name in plan.held_by(plan.topology.place(rank).stage)}) for rank in ranks
     ]
     try_optimizers(plan.options, plan.gradients(), held)
 
@@ -164,7 +167,7 @@ def _find_rule(
             copy.train()
         return find_rule(copy, caller, batch, layout)
     except BatchError:
-        if options.most_microbatches > 1:
+        if options.most_pieces > 1:
             raise
         return LossRule.given("samples")  # a batch that is never cut needs no rule; an evaluation weighs batches so
 

@@ -79,8 +79,8 @@ class Run:
         return self._results.result(options.backend)
 
     def drawn(self, width: int = 100) -> str:
-        """The last step's schedule as it was planned and as it was measured."""
-        reports = self._controller.reports
+        """The last step's schedule as it was planned and as it was measured, of the first replica."""
+        reports = [self._controller.reports[rank] for rank in self._plan.topology.ranks_of(0)]
         schedule = self._plan.options.make_schedule(reports[0].microbatches)
         return draw_planned_and_measured(schedule, [report.trace for report in reports], width)
 
@@ -109,7 +109,7 @@ def start(plan: Plan) -> Gang:
     """
     options = plan.options
     if options.backend == "local":
-        return LocalGang([plan.build_of(rank) for rank in range(plan.topology.size)])
+        return LocalGang([plan.build_of(rank) for rank in range(plan.topology.size)], plan.topology)
     dump(plan.skeleton)  # names the attribute that cannot be pickled before anything starts
     _check_picklable(options)
     from raypipe.driver.ray_gang import launch

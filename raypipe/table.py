@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from raypipe.accounting import costs_of
 from raypipe.advice import advice, short
 from raypipe.schedule import Op
+from raypipe.stage.share import share_sizes
 
 if TYPE_CHECKING:
     from raypipe.accounting import StagePlan
@@ -29,7 +30,15 @@ def plan_table(plan: Plan) -> str:
     if shared:
         holders = (f"{name} (chunks {', '.join(map(str, chunks))})" for name, chunks in shared.items())
         lines.append(f"shared: {', '.join(holders)}")
-    lines.append(f"{plan.schedule.headline()} of {plan.samples} samples; predicted bubble {simulated.bubble:.1%}")
+    replicas, samples = plan.topology.replicas, plan.samples
+    if replicas > 1 and plan.rule is not None:
+        sharing = ", which share the optimizer's state out" if plan.options.shard else ""
+        samples = share_sizes(samples, replicas)[0]
+        lines.append(
+            f"{replicas} replicas of this pipeline, {plan.topology.size} ranks{sharing}; each has up to {samples} of a "
+            f"batch's {plan.samples} samples"
+        )
+    lines.append(f"{plan.schedule.headline()} of {samples} samples; predicted bubble {simulated.bubble:.1%}")
     if plan.coverage is not None:
         lines.append(textwrap.fill(_halves(plan.coverage, plan.partition.chunks), _WIDTH))
     if plan.choice is not None:

@@ -48,6 +48,19 @@ class Topology:
         replica, stage = divmod(above, self.stages)
         return Place(replica, stage, tensor)
 
+    def ranks_of(self, replica: int) -> tuple[int, ...]:
+        """All ranks of one pipeline, in order."""
+        return tuple(rank for rank in range(self.size) if self.place(rank).replica == replica)
+
+    def copies(self, rank: int) -> tuple[int, ...]:
+        """The ranks that stand where ``rank`` does, one in each replica, in order."""
+        place = self.place(rank)
+        return tuple(self.rank(place.stage, replica, place.tensor) for replica in range(self.replicas))
+
+    def replica_named(self, rank: int) -> int | None:
+        """The rank's replica for a message to a person: None where there is but one, and no need to name it."""
+        return self.place(rank).replica if self.replicas > 1 else None
+
     def label(self, rank: int) -> str:
         """What a person reads: ``stage 2/4 · replica 0 · rank 5`` (counted from 0, of their number)."""
         place = self.place(rank)

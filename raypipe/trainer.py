@@ -55,7 +55,7 @@ class PipelineTrainer:
         schedule: a name (``"1f1b"``, ``"interleaved_1f1b"``, ``"zbv"``, ...; docs/schedules.md), a ``Schedule``,
             ``(stages, microbatches) -> Schedule``, or ``"auto"``: the fastest by measured times that fits the memory
             (``schedule.Auto`` sets limits).
-        microbatches: pieces that a batch is cut into; 16, at most the batch's samples.
+        microbatches: pieces that a batch (a replica's share of it) is cut into; 16, at most its samples.
         chunks: chunks a stage, for schedules that interleave; None: 2 for those, else the schedule's own number.
         microbatch_weight: ``"targets"``, ``"samples"``, ``"sum"`` or ``weight(microbatch) -> float``; None: the rule
             that a probe finds to reproduce the joined loss.
@@ -64,6 +64,8 @@ class PipelineTrainer:
         example: a batch to plan with in the constructor; None: the first training batch, when it is first needed.
         balance: unit calls for each stage, or ``"flops"``, ``"parameters"``.
         batch_norm: ``"microbatch"`` accepts BatchNorm with a microbatch's own statistics.
+        data_parallel: copies of the whole pipeline; each batch is split among them by sample.
+        shard: what the copies share out: ``"optimizer"`` (ZeRO-1: each keeps and steps the state of a part), or None.
         threads: of PyTorch in each rank.
         resources_per_stage: Ray resources of one rank, such as ``{"GPU": 1}``.
         run_config: a ``ray.train.RunConfig``; its ``name`` and ``storage_path`` say where the results lie, and other
@@ -101,6 +103,8 @@ class PipelineTrainer:
         example: Any = None,
         balance: str | Sequence[int] = "flops",
         batch_norm: str | None = None,
+        data_parallel: int = 1,
+        shard: str | None = None,
         threads: int | None = None,
         resources_per_stage: Mapping[str, float] | None = None,
         run_config: ray.train.RunConfig | None = None,
@@ -129,6 +133,8 @@ class PipelineTrainer:
             units=units,
             balance=balance,
             batch_norm=batch_norm,
+            data_parallel=data_parallel,
+            shard=shard,
             threads=threads,
             resources_per_stage=resources_per_stage,
             evaluate_every=evaluate_every,
@@ -188,8 +194,9 @@ class PipelineTrainer:
         """One step on a batch of your own.
 
         Returns:
-            ``loss``, ``grad_norm`` (before clipping), ``lr``, ``samples``, ``seconds``, ``bubble`` (share of the
-            stages' time in which no action was computed), ``step``, ``microbatches``, ``peak_in_flight`` by stage.
+            ``loss``, ``grad_norm`` (before clipping), ``lr``, ``samples``, ``seconds``, ``bubble`` (share of the ranks'
+            time in which no action was computed), ``step``, ``microbatches`` (of a replica), ``peak_in_flight`` by
+            stage.
 
         Raises:
             StepError: the step failed; the trainer is then shut down.
@@ -270,7 +277,7 @@ class PipelineTrainer:
 
         The prediction is the schedule played against the times of the steps before it. ``print`` shows both timelines,
         each stage's time by cause (compute, dependency, exposed communication, stragglers, data, optimizer, driver),
-        and the largest cause in a sentence.
+        and the largest cause in a sentence. Of several replicas it shows the first.
 
         Args:
             path: where to write it too: a file that ends in ``.txt`` or ``.json``.
@@ -309,7 +316,13 @@ class PipelineTrainer:
             self._close_gang()  # one that only predicted: it has trained nothing, and was told no rule of weights
         if self._controller is None:
             self._gang = start(self._plan)
-            self._controller = Controller(self._gang, self._plan.gradients(), self._plan.admission())
+            self._controller = Controller(
+                self._gang,
+                self._plan.gradients(),
+                self._plan.admission(),
+                topology=self._plan.topology,
+                admit_whole=self._plan.admission(whole=True),
+            )
             self._history = self._controller.history
         return self._controller
 

@@ -17,6 +17,7 @@ from raypipe.observe.events import Trace
 from raypipe.schedule import Action
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.spec import Gradients
+from raypipe.topology import Topology
 
 TRACE = Trace((Action.parse("0F0"),), np.array([[0.0, 0.0, 1.0]]), 0.0, 1.0, 1)
 
@@ -29,6 +30,7 @@ class ToyGang:
     open: int = 0
     most: int = 0
     failure: GroupStatus | None = None
+    turns: list[int] = field(default_factory=list)
 
     def put(self, value: Any) -> Any:
         return unpack(value)
@@ -36,7 +38,8 @@ class ToyGang:
     def train_step(self, step: int, batch: Any) -> Pending:
         return self._submitted(f"train {step}", Pending(step, "train", (batch,)))
 
-    def forward_step(self, step: int, batch: Any, kind: str) -> Pending:
+    def forward_step(self, step: int, batch: Any, kind: str, replica: int = 0) -> Pending:
+        self.turns.append(replica)
         return self._submitted(f"{kind} {int(batch)}", Pending(step, kind, (batch,)))
 
     def state(self) -> list[Any]:
@@ -130,6 +133,21 @@ def test_what_is_queued_is_taken_before_a_batch_is_refused(gang: ToyGang) -> Non
     with pytest.raises(ValueError, match="not for so few"):
         controller.train(draws(4), lambda metrics: steps.append(metrics["step"]))
     assert (steps, gang.open, controller.step) == ([0, 1], 0, 2)
+
+
+def test_replicas_take_turns_at_batches_and_each_has_one_to_run(gang: ToyGang) -> None:
+    refused: list[int] = []
+    controller = Controller(
+        gang,
+        Gradients(((),), ()),
+        lambda batch: refused.append(int(batch)),
+        topology=Topology(1, 3),
+        admit_whole=lambda batch: None,
+    )
+    assert controller.evaluate(map(torch.tensor, range(1, 8)))["loss"] == pytest.approx(4.0)
+    assert gang.turns == [0, 1, 2, 0, 1, 2, 0]
+    assert gang.most == AHEAD + 3
+    assert refused == []  # what a share must have is asked of training alone
 
 
 def test_a_failed_step_comes_out_as_it_is(gang: ToyGang, controller: Controller) -> None:

@@ -8,6 +8,7 @@ from driver_toys import Toy, builds, everywhere, told
 from raypipe.driver.gang import Pending
 from raypipe.driver.local import LocalGang
 from raypipe.errors import PeerLost, StageError
+from raypipe.topology import Topology
 
 
 def gang_of(ranks: int) -> LocalGang:
@@ -22,6 +23,14 @@ def test_ranks_meet_in_one_thread() -> None:
     assert gang.wait(gang.forward_step(2, "batch", "predict"))[1] == (1, 2, "predict", "batch")
     assert gang.state() == [{"rank": rank} for rank in range(3)]
     assert gang.failure is None
+    gang.close()
+
+
+def test_a_replica_alone_is_given_a_batch_and_the_first_tells_the_state() -> None:
+    gang = LocalGang([cloudpickle.loads(build) for build in builds(4)], Topology(stages=2, replicas=2))
+    given = [result[3] for result in gang.wait(gang.forward_step(0, "batch", "predict", 1))]
+    assert given == [None, None, "batch", "batch"]
+    assert gang.state() == [{"rank": 0}, {"rank": 1}]
     gang.close()
 
 

@@ -11,6 +11,7 @@ from raypipe.observe.events import Trace
 from raypipe.schedule import Action
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.spec import Gradients
+from raypipe.topology import Topology
 
 
 def report(
@@ -36,6 +37,22 @@ def test_one_steps_metrics() -> None:
     assert metrics["seconds"] == 10
     assert metrics["bubble"] == pytest.approx(0.5)
     assert metrics["peak_in_flight"] == (2, 1)
+
+
+def test_replicas_add_up_to_one_step() -> None:
+    """Two replicas of two stages: losses add up, peaks are the most of a stage, the norm is counted by its owners."""
+    quiet = [[0.0, 0.0, 2.0], [2.0, 2.0, 4.0]]
+    reports = [
+        report(quiet, norms=[6.0], peak=2),
+        report(quiet, 0.5, 2.0, norms=[8.0], lr=(0.1,)),
+        report(quiet, norms=[], peak=3),
+        report(quiet, 0.25, 2.0, norms=[]),
+    ]
+    metrics = step_metrics(reports, Gradients((("a",), ("b",), (), ()), ("a", "b")), Topology(2, 2))
+    assert metrics["loss"] == 0.75
+    assert metrics["grad_norm"] == pytest.approx(5.0)
+    assert (metrics["samples"], metrics["microbatches"], metrics["peak_in_flight"]) == (8, 2, (3, 1))
+    assert metrics["bubble"] == pytest.approx(0.0)
 
 
 def test_an_evaluation_averages_losses_by_weight_and_metrics_by_samples() -> None:

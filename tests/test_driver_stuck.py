@@ -6,6 +6,7 @@ from raypipe.stage.protocol import Progress
 from raypipe.topology import Topology
 
 THREE = Topology(stages=3)
+GRID = Topology(stages=2, replicas=2)
 
 
 def view(
@@ -36,6 +37,15 @@ def test_the_rank_at_its_own_action_is_named_not_those_that_wait_for_it() -> Non
         "stage 1/3 · replica 0 · rank 1: at 1F2 for 20 s",
         "stage 2/3 · replica 0 · rank 2: at 2F2 for 60 s, waits for rank 1",
     )
+
+
+def test_of_several_replicas_the_stuck_one_is_named() -> None:
+    found = find_stuck(
+        [view(0, waits_for=1), view(1, waits_for=3), view(2, waits_for=3), view(3, seconds=20)], 10.0, GRID
+    )
+    assert found is not None
+    assert (found[0], found[1].stage, found[1].replica) == (3, 1, 1)
+    assert str(found[1]).startswith("stage 1 of replica 1 has been at action")
 
 
 def test_a_slow_stage_is_no_alarm() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import pickle
 import weakref
+from time import monotonic
 from typing import Any
 
 import cloudpickle
@@ -17,6 +18,7 @@ from training import batches_of_tokens, gpt
 from raypipe.data.wire import pack, unpack
 from raypipe.driver.local import LocalGang
 from raypipe.errors import PeerLost, StageError
+from raypipe.observe.events import END
 from raypipe.options import Options
 from raypipe.plan import Plan
 from raypipe.planning import make_plan
@@ -117,6 +119,24 @@ def test_nothing_of_a_step_waits_for_the_garbage_collector(monkeypatch: pytest.M
         assert [losses() for losses in alive] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_stage_sums_its_gradients_while_the_first_one_still_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    began: dict[int, float] = {}
+    reduce = MemoryTransport.all_reduce
+
+    def noted(self: MemoryTransport, *args: Any) -> Any:
+        began.setdefault(self.rank, monotonic())
+        return reduce(self, *args)
+
+    monkeypatch.setattr(MemoryTransport, "all_reduce", noted)
+    (given,) = batches_of_tokens(1, 8)
+    plan = make_plan(gpt(), Options(2, optimizer=sgd, microbatches=2, data_parallel=2), given)
+    ranks = LocalGang([plan.build_of(rank) for rank in range(4)], plan.topology)
+    reports = ranks.wait(ranks.train_step(0, pack(given)))
+    for first, last in ((0, 1), (2, 3)):
+        end = float(reports[first].trace.times[-1][END])
+        assert float(reports[last].trace.times[-1][END]) < began[last] < end < began[first]
 
 
 def in_part(outputs: torch.Tensor, batch: Any) -> torch.Tensor:

@@ -147,6 +147,24 @@ def sums_within_a_group(transport):
     assert alone.item() == 1.0
 
 
+def swaps_parts_of_any_length(transport):
+    """Rank s sends rank t a part of s + t elements, of which each holds 10 s + t; the own part comes back as it is."""
+    rank, everyone = transport.rank, (0, 1, 2)
+    parts = [torch.full((rank + to,), 10.0 * rank + to) for to in everyone]
+    handle = transport.all_to_all(parts, [source + rank for source in everyone], everyone)
+    yield handle
+    came = handle.result()
+    assert [part.tolist() for part in came] == [[10.0 * source + rank] * (source + rank) for source in everyone]
+    assert came[rank].data_ptr() == parts[rank].data_ptr()
+    came[(rank + 1) % 3].zero_()
+    assert [part.tolist() for part in parts] == [[10.0 * rank + to] * (rank + to) for to in everyone]
+    if rank != 1:
+        halves = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16).tensor_split(2)
+        again = transport.all_to_all(halves, [2, 2] if rank == 0 else [1, 1], (0, 2))
+        yield again
+        assert [part.tolist() for part in again.result()] == ([[1.0, 2.0]] * 2 if rank == 0 else [[3.0]] * 2)
+
+
 def says_what_is_wrong(transport):
     rank = transport.rank
     with pytest.raises(ValueError, match=f"no channel .*rank {rank}"):
@@ -155,6 +173,8 @@ def says_what_is_wrong(transport):
         transport.receive(3, [])
     with pytest.raises(ValueError, match=r"shape \(2,\).*lengths \(1, 1, 1\)"):
         transport.all_gather(torch.ones(2), (1, 1, 1))
+    with pytest.raises(ValueError, match=r"all_to_all was given parts of the shapes \[\(2,\)\]"):
+        transport.all_to_all([torch.ones(2)], [2], (0, 1, 2))
     with pytest.raises(ValueError, match="the ranks"):
         transport.all_reduce([torch.ones(1)], ((rank + 1) % 3, (rank + 2) % 3))
     yield from ()
@@ -175,6 +195,7 @@ def a_closed_end_fails_at_once(transport):
         lambda: transport.receive((transport.rank + 1) % 3, spec),
         lambda: transport.all_gather(torch.ones(1), (1, 1, 1)),
         lambda: transport.all_reduce([torch.ones(1)], (0, 1, 2)),
+        lambda: transport.all_to_all([torch.ones(1)] * 3, [1, 1, 1], (0, 1, 2)),
         transport.flush,
     ]
     for call in calls:
@@ -199,6 +220,7 @@ CONTRACT: list[Scenario] = [
     gathers_vectors_of_any_length,
     sums_in_order_of_ranks,
     sums_within_a_group,
+    swaps_parts_of_any_length,
     says_what_is_wrong,
     a_closed_end_fails_at_once,
     a_collective_fails_with_the_rank_that_closed,

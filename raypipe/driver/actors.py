@@ -145,8 +145,8 @@ class StageActor:
             self._end(f"it failed in step {step}")
             if isinstance(error, RaypipeError):
                 raise
-            stage = self._topology.place(self._rank).stage
-            raise StageError(stage, action, step, error) from None
+            stage, replica = self._topology.place(self._rank).stage, self._topology.replica_named(self._rank)
+            raise StageError(stage, action, step, error, replica=replica) from None
 
     def _end(self, why: str) -> None:
         self._ended = self._ended or why
@@ -163,7 +163,7 @@ def bytes_of(build: Build) -> int:
 
 def outcome_of(call: ray.ObjectRef[Any], rank: int, step: int, topology: Topology) -> Outcome:
     """Takes a call's result, which must be there, and translates what Ray raises in its place."""
-    stage = topology.place(rank).stage
+    stage, replica = topology.place(rank).stage, topology.replica_named(rank)
     try:
         return Finished(ray.get(call))
     except RayTaskError as error:
@@ -171,12 +171,12 @@ def outcome_of(call: ray.ObjectRef[Any], rank: int, step: int, topology: Topolog
         cause = error.cause
         if isinstance(cause, RaypipeError):
             return Failed(cause)
-        return Failed(StageError(stage, "call", step, cause, trace=str(error)))
+        return Failed(StageError(stage, "call", step, cause, trace=str(error), replica=replica))
     except (RayActorError, WorkerCrashedError) as error:
-        return Failed(StageLost(stage, rank, _reason(error), step))
+        return Failed(StageLost(stage, rank, _reason(error), step, replica))
     except Exception as error:
         # An argument that was lost, a result that this process cannot read, Ray out of memory.
-        return Failed(StageError(stage, "call", step, error))
+        return Failed(StageError(stage, "call", step, error, replica=replica))
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from raypipe.errors import BatchError, StageError
 from raypipe.observe.history import History
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.spec import Gradients
+from raypipe.topology import Topology
 
 __all__ = ["Controller", "data_error"]
 
@@ -35,16 +36,27 @@ class Controller:
     Args:
         gang: the ranks.
         gradients: whose gradients are whose, for the global norm.
-        admit: raises where a batch cannot be run; asked before a batch goes to the ranks, which a bad one would end.
+        admit: raises where a batch cannot be trained on; asked before it goes to the ranks, which a bad one would end.
+        topology: the grid of ranks; None: one pipeline.
+        admit_whole: the same for a batch that goes to one replica whole; None: ``admit``.
 
     Attributes:
         reports: of the last step that was taken, by rank.
-        history: the traces of the last steps.
+        history: the traces of the last steps, of the first replica.
         step: number of the next step.
     """
 
-    def __init__(self, gang: Gang, gradients: Gradients, admit: Callable[[Any], None]) -> None:
-        self._gang, self._gradients, self._admit = gang, gradients, admit
+    def __init__(
+        self,
+        gang: Gang,
+        gradients: Gradients,
+        admit: Callable[[Any], None],
+        *,
+        topology: Topology | None = None,
+        admit_whole: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._gang, self._gradients, self._admit, self._topology = gang, gradients, admit, topology
+        self._admit_whole = admit if admit_whole is None else admit_whole
         self.reports: list[TrainReport] = []
         self.history = History()
         self.step = 0
@@ -130,10 +142,12 @@ class Controller:
     def _forwards(self, batches: Iterable[Any], kind: str) -> Iterator[ForwardReport]:
         queued: deque[Pending] = deque()
         self.history.interrupt()
+        replicas = 1 if self._topology is None else self._topology.replicas
         try:
-            for batch in _read(batches, self.step):
-                queued.append(self._gang.forward_step(self.step, self._put(batch), kind))
-                if len(queued) > AHEAD:
+            for batch, replica in zip(_read(batches, self.step), itertools.cycle(range(replicas)), strict=False):
+                self._admit_whole(batch)
+                queued.append(self._gang.forward_step(self.step, self._gang.put(pack(batch)), kind, replica))
+                if len(queued) > AHEAD + replicas - 1:  # each has one to run
                     yield self._last(queued.popleft())
             while queued:
                 yield self._last(queued.popleft())
@@ -154,13 +168,16 @@ class Controller:
 
     def _metrics(self, pending: Pending, tokens: int | None) -> dict[str, Any]:
         self.reports = self._gang.wait(pending)
-        self.history.add([report.trace for report in self.reports])
+        self.history.add([report.trace for report in self._of_first_replica(self.reports)])
         self.step = pending.step + 1
         refused = next((report.refused for report in self.reports if report.refused), None)
         if refused is not None:
             raise BatchError(refused)
-        metrics = step_metrics(self.reports, self._gradients)
+        metrics = step_metrics(self.reports, self._gradients, self._topology)
         return metrics if tokens is None else {**metrics, "tokens": tokens}
+
+    def _of_first_replica(self, reports: Sequence[T]) -> list[T]:
+        return list(reports) if self._topology is None else [reports[rank] for rank in self._topology.ranks_of(0)]
 
 
 def data_error(error: Exception, step: int) -> Exception:

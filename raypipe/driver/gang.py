@@ -38,11 +38,14 @@ class Gang(Protocol):
     def train_step(self, step: int, batch: Any) -> Pending:
         """Queues a training step on all ranks, or on none."""
 
-    def forward_step(self, step: int, batch: Any, kind: str) -> Pending:
-        """Queues forwards only on all ranks, or on none; ``kind`` is ``"evaluate"`` or ``"predict"``."""
+    def forward_step(self, step: int, batch: Any, kind: str, replica: int = 0) -> Pending:
+        """Queues forwards only on all ranks, or on none; ``kind`` is ``"evaluate"`` or ``"predict"``.
+
+        The batch goes to one replica whole; the ranks of the others have nothing to do.
+        """
 
     def state(self) -> list[Any]:
-        """What ``Worker.state`` gives, by rank, after everything that was queued before.
+        """What ``Worker.state`` gives of the first replica, by rank, after everything that was queued before.
 
         Raises:
             RaypipeError: as ``wait``.

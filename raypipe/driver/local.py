@@ -17,6 +17,7 @@ from raypipe.driver.gang import Pending
 from raypipe.driver.status import Failed, Finished, GroupStatus, Outcome, Running
 from raypipe.errors import PeerLost
 from raypipe.stage.protocol import RankWork, Worker
+from raypipe.topology import Topology
 from raypipe.transport.memory import MemoryHub
 
 __all__ = ["LocalGang"]
@@ -27,9 +28,11 @@ class LocalGang:
 
     Args:
         builds: one a rank: makes its worker.
+        topology: the grid of ranks; None: one pipeline.
     """
 
-    def __init__(self, builds: Sequence[Callable[[], Worker]]) -> None:
+    def __init__(self, builds: Sequence[Callable[[], Worker]], topology: Topology | None = None) -> None:
+        self._topology = Topology(len(builds)) if topology is None else topology
         self._threads = torch.get_num_threads()
         self._failure: GroupStatus | None = None
         self._workers: list[Worker] = []
@@ -55,13 +58,15 @@ class LocalGang:
         """Begins a training step on all ranks; it runs in ``wait``."""
         return Pending(step, "train", tuple(worker.train_step(step, batch) for worker in self._workers))
 
-    def forward_step(self, step: int, batch: Any, kind: str) -> Pending:
+    def forward_step(self, step: int, batch: Any, kind: str, replica: int = 0) -> Pending:
         """Begins forwards only on all ranks; they run in ``wait``."""
-        return Pending(step, kind, tuple(worker.forward_step(step, batch, kind) for worker in self._workers))
+        own = set(self._topology.ranks_of(replica))
+        works = (w.forward_step(step, batch if rank in own else None, kind) for rank, w in enumerate(self._workers))
+        return Pending(step, kind, tuple(works))
 
     def state(self) -> list[Any]:
-        """Every rank's state, by rank."""
-        return [worker.state() for worker in self._workers]
+        """The state of each rank of the first replica."""
+        return [self._workers[rank].state() for rank in self._topology.ranks_of(0)]
 
     def wait(self, pending: Pending) -> list[Any]:
         """Runs the ranks to their ends; see ``Gang.wait``. The caller's random state and threads stay as they are."""

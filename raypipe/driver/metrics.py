@@ -13,34 +13,44 @@ from raypipe.observe.timeline import bubble
 from raypipe.stage.optimizer import global_norm
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.spec import Gradients
+from raypipe.topology import Topology
 
 __all__ = ["average", "step_metrics", "tokens_in"]
 
 
-def step_metrics(reports: Sequence[TrainReport], gradients: Gradients) -> dict[str, Any]:
+def step_metrics(
+    reports: Sequence[TrainReport], gradients: Gradients, topology: Topology | None = None
+) -> dict[str, Any]:
     """One step's metrics.
 
     Args:
         reports: by rank.
         gradients: whose gradients are whose.
+        topology: the grid of ranks; None: one pipeline.
 
     Returns:
-        ``loss``; ``grad_norm`` before clipping; ``lr`` of the first parameter group; ``samples``; ``microbatches``;
-        ``seconds``, of the slowest rank; ``bubble``, the share of the stages' time in which no action was computed;
-        ``peak_in_flight``, by stage.
+        ``loss``; ``grad_norm`` before clipping; ``lr`` of the first parameter group; ``samples``; ``microbatches``, the
+        most that a replica had; ``seconds``, of the slowest rank; ``bubble``, the share of the ranks' time in which no
+        action was computed; ``peak_in_flight``, by stage, the most of all replicas.
     """
-    last = next(report for report in reports if report.loss is not None)
+    lasts = [report for report in reports if report.loss is not None]
+    last = lasts[0]
+    topology = Topology(len(reports)) if topology is None else topology
+    peaks = [0] * topology.stages
+    for rank, report in enumerate(reports):
+        stage = topology.place(rank).stage
+        peaks[stage] = max(peaks[stage], report.trace.peak_in_flight)
     norms = [torch.from_numpy(report.norms.copy()) for report in reports]
     return {
         "step": last.step,
-        "loss": last.loss,
+        "loss": sum(report.loss for report in lasts if report.loss is not None),
         "grad_norm": global_norm(gradients, norms) / (last.divisor or 1.0),
         "lr": next((report.lr[0] for report in reports if report.lr), 0.0),
         "samples": last.samples,
-        "microbatches": last.microbatches,
+        "microbatches": max(report.microbatches for report in lasts),
         "seconds": max(report.trace.ended - report.trace.started for report in reports),
         "bubble": bubble([report.trace for report in reports]),
-        "peak_in_flight": tuple(report.trace.peak_in_flight for report in reports),
+        "peak_in_flight": tuple(peaks),
     }
 
 

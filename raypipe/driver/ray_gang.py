@@ -162,17 +162,19 @@ class RayGang:
         name = f"train_step {step}"
         return self._submit(step, "train", lambda actor, rank: actor.train_step.options(name=name).remote(step, batch))
 
-    def forward_step(self, step: int, batch: Any, kind: str) -> Pending:
+    def forward_step(self, step: int, batch: Any, kind: str, replica: int = 0) -> Pending:
         """Queues forwards only on all ranks, or on none."""
-        name = f"{kind} {step}"
-        return self._submit(
-            step, kind, lambda actor, rank: actor.forward_step.options(name=name).remote(step, batch, kind)
-        )
+        name, own = f"{kind} {step}", set(self._topology.ranks_of(replica))
+
+        def call(actor: Any, rank: int) -> Any:  # a batch of another replica's does not even travel
+            return actor.forward_step.options(name=name).remote(step, batch if rank in own else None, kind)
+
+        return self._submit(step, kind, call)
 
     def state(self) -> list[Any]:
-        """Every rank's state, by rank."""
-        step = self._step
-        return self.wait(self._submit(step, "state", lambda actor, rank: actor.state.remote(step)))
+        """The state of each rank of the first replica, whose ranks are the first."""
+        step, ranks = self._step, len(self._topology.ranks_of(0))
+        return self.wait(self._submit(step, "state", lambda actor, rank: actor.state.remote(step), ranks))
 
     def wait(self, pending: Pending) -> list[Any]:
         """The results in order of ranks, or the first cause; see ``Gang.wait``."""

@@ -67,4 +67,5 @@ def find_stuck(views: Sequence[View], limit_s: float, topology: Topology) -> tup
     worst = max(candidates, key=lambda view: view.seconds)
     action = worst.progress.action if worst.progress is not None else "starting"
     lines = tuple(view.line(topology) for view in views)
-    return worst.rank, StageStuck(topology.place(worst.rank).stage, action, worst.seconds, lines)
+    stage, replica = topology.place(worst.rank).stage, topology.replica_named(worst.rank)
+    return worst.rank, StageStuck(stage, action, worst.seconds, lines, replica)

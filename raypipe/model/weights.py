@@ -136,7 +136,7 @@ class LossRule:
                     )
 
 
-def refuse_batch_norm(model: nn.Module, microbatches: int, batch_norm: str | None) -> None:
+def refuse_batch_norm(model: nn.Module, microbatches: int, batch_norm: str | None, replicas: int = 1) -> None:
     """Refuses BatchNorm over microbatches, unless the user wants their own statistics for them.
 
     Raises:
@@ -151,5 +151,5 @@ def refuse_batch_norm(model: nn.Module, microbatches: int, batch_norm: str | Non
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__}, whose statistics over a microbatch are not those "
                 "over the batch: give batch_norm='microbatch' to accept that, freeze it by .eval(), or use "
-                "microbatches=1"
+                f"microbatches=1{' and data_parallel=1' if replicas > 1 else ''}"
             )

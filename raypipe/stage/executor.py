@@ -68,6 +68,7 @@ def execute(
     recorder: Recorder,
     activity: Activity,
     step: int,
+    replica: int | None = None,
 ) -> RankWork[None]:
     """Runs one step's actions.
 
@@ -79,6 +80,7 @@ def execute(
         recorder: of this program.
         activity: told at each action.
         step: number of the step.
+        replica: of this rank, to be named in an error, or None where there is only one.
 
     Raises:
         StageError: an action failed.
@@ -107,7 +109,7 @@ def execute(
         except RaypipeError:
             raise
         except Exception as error:
-            raise _stage_error(program, item, step, error) from error
+            raise _stage_error(program, item, step, error, replica) from error
         recorder.write(index, turned, start, monotonic(), computer.in_flight)
         if item.gives is not None and item.target is not None:
             if item.target == program.stage:
@@ -129,6 +131,8 @@ def _compute(computer: Computer, action: Action, received: Sequence[Tensor]) -> 
     return ()
 
 
-def _stage_error(program: Program, item: Item, step: int, error: Exception) -> StageError:
-    action = item.action
-    return StageError(program.stage, str(action), step, error, chunk=action.chunk, microbatch=action.microbatch)
+def _stage_error(program: Program, item: Item, step: int, error: Exception, replica: int | None) -> StageError:
+    action, word = item.action, str(item.action)
+    return StageError(
+        program.stage, word, step, error, chunk=action.chunk, microbatch=action.microbatch, replica=replica
+    )

@@ -19,6 +19,7 @@ from raypipe.model.denominators import Denominators
 from raypipe.model.microbatch import Microbatch
 from raypipe.model.weight_queue import run_backward
 from raypipe.model.weights import LossRule
+from raypipe.stage.tally import Tally
 
 __all__ = ["Losses"]
 
@@ -31,6 +32,8 @@ class Losses:
         caller: finds the loss in the model's outputs.
         microbatches: of the step (of all replicas' parts, this replica's).
         when_known: called with this object once every microbatch's forward is done.
+        whole: the weights of all microbatches of the batch, where these are one replica's share; read where the rule
+            knows weights before a forward.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Losses:
         caller: Caller,
         microbatches: Sequence[Microbatch],
         when_known: Callable[[Losses], None] = lambda losses: None,
+        whole: Sequence[float] | None = None,
     ) -> None:
         self._rule, self._caller, self._microbatches = rule, caller, microbatches
         self._when_known = when_known
@@ -49,7 +53,7 @@ class Losses:
         self.divisor: float | None = None
         """What gradients are divided by in each backward, or None where that is left to the step's end."""
         if rule.known_before_forward:
-            weights = [rule.weigh(microbatch) for microbatch in microbatches]
+            weights = [rule.weigh(microbatch) for microbatch in microbatches] if whole is None else whole
             self.divisor = rule.total(weights) if any(weights) else 0.0
 
     def forward(self, number: int, run: Callable[[], Any]) -> Tensor | None:
@@ -120,11 +124,20 @@ class Losses:
             )
         return self._rule.total(self._ordered_weights()) if self.divisor is None else 1.0
 
-    def loss(self) -> float:
-        """The whole batch's loss, once every forward is done."""
+    def tally(self) -> Tally:
+        """What is told to all ranks, once every forward is done."""
+        weights = self._ordered_weights()
+        rows = [self._denominators.get(number, ()) for number in range(len(weights))]
+        weighed = [row for row, weight in zip(rows, weights, strict=True) if weight]  # of one length, or refused
+        columns = range(max(map(len, weighed or rows)))
+        averaged = tuple(math.fsum(row[column] for row in rows if column < len(row)) for column in columns)
+        return Tally(math.fsum(weights), self._trains, averaged, self.refusal_of_terms() is not None)
+
+    def loss(self, total: float | None = None) -> float:
+        """The batch's loss, once every forward is done; with the whole batch's ``total``, what a share adds to it."""
         weights = self._ordered_weights()
         weighted = [w * float(self._losses[number]) for number, w in enumerate(weights) if w]
-        return sum(weighted) / self._rule.total(weights)
+        return sum(weighted) / (self._rule.total(weights) if total is None else total)
 
     def evaluated(self) -> tuple[float, float]:
         """The whole batch's loss and its weight among batches; NaN and 0 for a batch without a valid target."""

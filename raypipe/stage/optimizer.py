@@ -1,4 +1,4 @@
-"""The end of a step on one rank: shared weights, the batch's divisor, the global norm, the update.
+"""The end of a step on one rank: shared weights and replicas, the batch's divisor, the global norm, the update.
 
 With G_p the sum of a parameter's microbatch gradients and T the batch's divisor, the gradient is G_p / T and the global
 norm that of all G_p / T together, each parameter once, summed in model order so that it does not depend on the cut.
@@ -6,14 +6,16 @@ norm that of all G_p / T together, each parameter once, summed in model order so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from raypipe.stage.protocol import RankWork
+from raypipe.stage.reduction import Reduction
 from raypipe.stage.spec import Gradients, OptimizerMaker, SchedulerMaker
+from raypipe.stage.tally import Tellers
 from raypipe.transport.base import Handle, Transport
 
 __all__ = ["StageOptimizer", "Update", "global_norm"]
@@ -24,11 +26,12 @@ class Update:
     """What a step's end tells.
 
     Attributes: ``norms``, float64 of shape [owned], each owned parameter's gradient norm before clipping; ``lr`` of
-    each parameter group in this step, none where the batch was refused.
+    each parameter group in this step, none where the batch was refused; ``told``, what each teller told.
     """
 
     norms: Tensor
     lr: tuple[float, ...]
+    told: tuple[tuple[float, ...], ...] = ()
 
 
 class StageOptimizer:
@@ -41,7 +44,9 @@ class StageOptimizer:
         make: the user's ``optimizer``; not called where nothing is trainable.
         make_scheduler: the user's ``lr_scheduler``.
         max_grad_norm: bound of the global norm, or None.
-        divisor_rank: the rank that knows what gradients are divided by, or None where each backward did that.
+        divisor_rank: the rank that knows what gradients are divided by, or the several that know it together; None
+            where each backward did that.
+        sharded: whether this rank steps what it owns alone, and then sends it to the other holders.
 
     Raises:
         TypeError: ``make`` returned no optimizer, or one that needs the whole model; ``make_scheduler`` one that needs
@@ -56,20 +61,25 @@ class StageOptimizer:
         make: OptimizerMaker,
         make_scheduler: SchedulerMaker | None,
         max_grad_norm: float | None,
-        divisor_rank: int | None,
+        divisor_rank: int | Tellers | None,
+        *,
+        sharded: bool = False,
     ) -> None:
         self._rank, self._gradients, self._max_norm = rank, gradients, max_grad_norm
-        self._divisor_rank = divisor_rank
+        self._tellers = Tellers.of(divisor_rank)
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._owned = [self._parameters[name] for name in gradients.owned[rank]]
         self._lengths = [
-            (rank_ == divisor_rank) + (len(owned) if max_grad_norm is not None else 0)
+            (self._tellers.length if rank_ in self._tellers.ranks else 0)
+            + (len(owned) if max_grad_norm is not None else 0)
             for rank_, owned in enumerate(gradients.owned)
         ]
         # Without norms to gather, the divisor is all that is told; it is known long before the step's end.
-        self._early = max_grad_norm is None and divisor_rank is not None
+        self._early = max_grad_norm is None and bool(self._tellers.ranks)
         self._told: Handle[list[Tensor]] | None = None
-        self.optimizer = _checked_optimizer(make(list(self._parameters.items()))) if self._parameters else None
+        self._reduction = Reduction(rank, self._parameters, gradients, sharded=sharded)
+        stepped = {name: self._parameters[name] for name in gradients.owned[rank]} if sharded else self._parameters
+        self.optimizer = _checked_optimizer(make(list(stepped.items()))) if stepped else None
         self.scheduler = None
         if self.optimizer is not None and make_scheduler is not None:
             self.scheduler = _checked_scheduler(make_scheduler(self.optimizer))
@@ -80,10 +90,10 @@ class StageOptimizer:
         So no rank waits for another's last backward: each updates its weights as soon as its own gradients are there.
         """
         self._told = None
-        if self._early and self._rank != self._divisor_rank:
+        if self._early and self._rank not in self._tellers.ranks:
             self._told = self._tell(transport, [])
 
-    def tell(self, transport: Transport, divisor: float) -> None:
+    def tell(self, transport: Transport, divisor: float | Sequence[float]) -> None:
         """On the rank that knows the divisor, as soon as it does: tells the others where that can be early.
 
         Args:
@@ -91,71 +101,63 @@ class StageOptimizer:
             divisor: as ``finish`` takes it.
         """
         if self._early and self._told is None:
-            self._told = self._tell(transport, [float(divisor)])
+            self._told = self._tell(transport, _numbers(divisor))
 
-    def _tell(self, transport: Transport, numbers: list[float]) -> Handle[list[Tensor]]:
+    def _tell(self, transport: Transport, numbers: Sequence[float]) -> Handle[list[Tensor]]:
         return transport.all_gather(torch.tensor(numbers, dtype=torch.float64), self._lengths)
 
-    def finish(self, transport: Transport, divisor: float) -> RankWork[Update]:
+    def finish(self, transport: Transport, divisor: float | Sequence[float]) -> RankWork[Update]:
         """Reduces, clips and steps.
 
         Args:
             transport: of this rank.
             divisor: what the gradients are still to be divided by, on the rank that knows it; 0 for a batch that is
-                refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike.
+                refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike. Where
+                several know it together, what this one tells.
         """
-        yield from self._reduce_shared(transport)
+        told = _numbers(divisor) if self._rank in self._tellers.ranks else []
+        if self._early and self._told is None:  # before the sums, which may go the same way
+            self._told = self._tell(transport, told)
+        yield from self._reduction.sum(transport)
         norms = torch.stack([_norm(p) for p in self._owned]).double() if self._owned else torch.zeros(0).double()
         scale: float | None = 1.0
-        told = [float(divisor)] if self._rank == self._divisor_rank else []
-        if self._early:
-            handle = self._told or self._tell(transport, told)
-            self._told = None
+        numbers: tuple[tuple[float, ...], ...] = ()
+        if any(self._lengths):
+            handle, self._told = self._told, None
+            if handle is None:
+                handle = self._tell(transport, [*told, *norms.tolist()])
             yield handle
-            scale = self._scale(handle.result())
-        elif any(self._lengths):
-            vector = torch.cat([torch.tensor(told, dtype=torch.float64), norms])
-            handle = transport.all_gather(vector, self._lengths)
-            yield handle
-            scale = self._scale(handle.result())
+            numbers, vectors = self._apart(handle.result())
+            scale = self._scale(numbers, vectors)
         if scale is None or not divisor:
             self._drop_gradients()
-            return Update(norms, ())
+            return Update(norms, (), numbers)
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, scale)
         lr = self._step()
-        return Update(norms, lr)
+        yield from self._reduction.spread(transport)
+        return Update(norms, lr, numbers)
 
-    def _scale(self, gathered: list[Tensor]) -> float | None:
+    def _apart(self, gathered: Sequence[Tensor]) -> tuple[tuple[tuple[float, ...], ...], list[Tensor]]:
+        """What the tellers told, and every rank's norms."""
+        ranks, length = self._tellers.ranks, self._tellers.length
+        numbers = tuple(tuple(gathered[rank][:length].tolist()) for rank in ranks)
+        return numbers, [v[length:] if rank in ranks else v for rank, v in enumerate(gathered)]
+
+    def _scale(self, told: Sequence[Sequence[float]], norms: list[Tensor]) -> float | None:
         """What every gradient is multiplied by: 1 / T, and the clip coefficient of ``clip_grad_norm_``.
 
         None where the batch was refused.
         """
-        divisor = 1.0
-        if self._divisor_rank is not None:
-            divisor = float(gathered[self._divisor_rank][0])
-            if not divisor:
-                return None
-            gathered = [v[1:] if rank == self._divisor_rank else v for rank, v in enumerate(gathered)]
+        divisor = self._tellers.divisor(told)
+        if not divisor:
+            return None
         if self._max_norm is None:
             return 1.0 / divisor
-        coefficient = self._max_norm / (global_norm(self._gradients, gathered) / divisor + 1e-6)
+        coefficient = self._max_norm / (global_norm(self._gradients, norms) / divisor + 1e-6)
         # Not min(1, ...): a NaN must reach every stage's gradients, as clip_grad_norm_ has it.
         return (1.0 if coefficient >= 1.0 else coefficient) / divisor
-
-    def _reduce_shared(self, transport: Transport) -> RankWork[None]:
-        for ranks, names in self._gradients.shared.items():
-            if self._rank not in ranks:
-                continue
-            held = [self._parameters[name] for name in names]
-            # A parameter that got no gradient on any holder must stay without one: optimizers skip it then.
-            there = torch.tensor([float(p.grad is not None) for p in held])
-            sums = [p.grad if p.grad is not None else torch.zeros_like(p) for p in held]
-            handle = transport.all_reduce([*sums, there], ranks)
-            yield handle
-            for parameter, total, count in zip(held, sums, there.tolist(), strict=True):
-                parameter.grad = total if count else None
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters.values():
@@ -181,6 +183,10 @@ def global_norm(gradients: Gradients, norms: list[Tensor]) -> float:
     }
     ordered = torch.tensor([by_name[name] for name in gradients.order], dtype=torch.float64)
     return float(torch.linalg.vector_norm(ordered)) if len(ordered) else 0.0
+
+
+def _numbers(told: float | Sequence[float]) -> list[float]:
+    return [float(number) for number in told] if isinstance(told, Sequence) else [float(told)]
 
 
 def _norm(parameter: nn.Parameter) -> Tensor:

@@ -45,7 +45,7 @@ class Worker(Protocol):
         """One step on a batch (as data.wire packed it); returns a small report."""
 
     def forward_step(self, step: int, batch: Any, kind: str) -> RankWork[Any]:
-        """Forwards only, in eval mode; ``kind`` is ``"evaluate"`` or ``"predict"``."""
+        """Forwards only, in eval mode; ``kind`` is ``"evaluate"`` or ``"predict"``. None: another replica's batch."""
 
     def state(self) -> Any:
         """This rank's weights, as numpy by name."""

@@ -21,8 +21,8 @@ class TrainReport:
     Attributes:
         step: its number.
         samples: of the whole batch.
-        microbatches: how many it was cut into.
-        loss: the batch's, on the last stage, else None.
+        microbatches: how many this replica's share of it was cut into.
+        loss: what that share adds to the batch's loss, on the last stage, else None.
         divisor: what the gradients' norms are still to be divided by, on the last stage, else None.
         norms: float64 of shape [owned], of the gradients of the parameters that this rank owns.
         lr: of each of its parameter groups.

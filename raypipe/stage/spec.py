@@ -26,8 +26,8 @@ class Gradients:
     """Which parameters' gradients are whose.
 
     Attributes:
-        owned: for each rank the trainable parameters that it counts in the global norm: all that it holds, but a shared
-            one only on its first holder.
+        owned: for each rank the trainable parameters that it counts in the global norm, and steps where the optimizer
+            is sharded: all that it holds, but of a shared one there is one owner.
         order: all trainable parameters that some rank holds, in model order: the order of sums in the norm.
         shared: for each set of ranks that share parameters, their names.
     """
@@ -60,6 +60,7 @@ class PipelineSpec:
         metrics: of evaluation, by name.
         seed: of dropout.
         threads: of PyTorch in each rank, or None to leave them.
+        shard: ``"optimizer"`` where each replica keeps and steps its part of the optimizer, else None.
     """
 
     topology: Topology
@@ -80,3 +81,4 @@ class PipelineSpec:
     metrics: Mapping[str, Callable[[Any, Any], Any]]
     seed: int
     threads: int | None
+    shard: str | None = None

@@ -19,13 +19,15 @@ from raypipe.observe.events import Recorder
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.executor import Activity, execute
 from raypipe.stage.losses import Losses
-from raypipe.stage.optimizer import StageOptimizer
+from raypipe.stage.optimizer import StageOptimizer, Update
 from raypipe.stage.outputs import Outputs
 from raypipe.stage.program import Program, compile_program
 from raypipe.stage.protocol import Progress, RankWork
 from raypipe.stage.report import ForwardReport, TrainReport
+from raypipe.stage.share import Share, share_of, weights_of
 from raypipe.stage.slice import Slice
 from raypipe.stage.spec import PipelineSpec
+from raypipe.stage.tally import Tally, refusal_of, tellers_of
 from raypipe.transport.base import Transport
 
 __all__ = ["StageWorker"]
@@ -47,7 +49,8 @@ class StageWorker:
             torch.set_num_threads(spec.threads)
         self._spec, self._rank = spec, rank
         place = spec.topology.place(rank)
-        self._stage = place.stage
+        self._stage, self._replica, self._replicas = place.stage, place.replica, spec.topology.replicas
+        self._named = spec.topology.replica_named(rank)
         self._ranks = {s: spec.topology.rank(s, place.replica, place.tensor) for s in range(spec.topology.stages)}
         self._activity = Activity()
         self._layouts = LayoutCache(spec.layout, spec.batch_dims)
@@ -55,6 +58,7 @@ class StageWorker:
         self._outputs = Outputs(self._slice)
         placement = spec.schedule(spec.microbatches)
         last = self._ranks[placement.stage_of(placement.chunks - 1)]
+        self._is_last = rank == last
         with self._reported(-1, "optimizer"):
             self._optimizer = StageOptimizer(
                 rank,
@@ -63,9 +67,9 @@ class StageWorker:
                 spec.optimizer,
                 spec.lr_scheduler,
                 spec.max_grad_norm,
-                last if spec.rule.needs_denominators else None,
+                tellers_of(spec.rule, spec.topology, last),
+                sharded=spec.shard == "optimizer",
             )
-        self._is_last = rank == last
         self._program = functools.cache(self._compile)
         self._transport: Transport | None = None
 
@@ -75,52 +79,43 @@ class StageWorker:
         self._activity.set(-1, "idle")
 
     def train_step(self, step: int, batch: Wire) -> RankWork[TrainReport]:
-        """One step on a batch; the whole replica's."""
+        """One step on a batch: the whole one, of which this replica has its share."""
         started = monotonic()
         with self._reported(step, "batch"):
             self._activity.set(step, "batch")
             self._slice.set_training(True)
-            microbatches = self._cut(unpack(batch))
-            losses = Losses(self._spec.rule, self._spec.caller, microbatches, self._tell)
+            samples, share, losses = self._shared_out(unpack(batch))
+            microbatches = share.microbatches
             program = self._program(len(microbatches), True)
             self._optimizer.begin(self._channels())
             recorder = Recorder([item.action for item in program.items], started)
-            computer = TrainComputer(self._slice, microbatches, self._spec.seed, step, 0, losses, program.split)
-        yield from execute(program, computer, self._channels(), self._ranks, recorder, self._activity, step)
+            seed, first = self._spec.seed, share.first_sample
+            computer = TrainComputer(self._slice, microbatches, seed, step, first, losses, program.split)
+        yield from self._execute(program, computer, recorder, step)
         with self._reported(step, "optimizer"):
             self._activity.set(step, "optimizer")
-            refused = losses.refusal() if self._is_last else None
-            divisor = losses.total() if self._is_last and refused is None else 1.0
-            told = _told(losses, refused, divisor)
-            update = yield from self._waiting(self._optimizer.finish(self._channels(), told), step)
-            loss = losses.loss() if self._is_last and refused is None else None
+            update = yield from self._waiting(self._optimizer.finish(self._channels(), self._told(losses)), step)
+            loss, divisor, refused = self._outcome(losses, update) if self._is_last else (None, None, None)
             yield from self._waiting(self._flush(), step)
         trace = recorder.trace()
         self._activity.set(step, "idle")
-        return TrainReport(
-            step,
-            sum(m.samples for m in microbatches),
-            len(microbatches),
-            loss,
-            divisor if self._is_last else None,
-            update.norms.numpy(),
-            update.lr,
-            trace,
-            refused,
-        )
+        norms = update.norms.numpy()
+        return TrainReport(step, samples, len(microbatches), loss, divisor, norms, update.lr, trace, refused)
 
-    def forward_step(self, step: int, batch: Wire, kind: str) -> RankWork[ForwardReport]:
+    def forward_step(self, step: int, batch: Wire | None, kind: str) -> RankWork[ForwardReport]:
         """Forwards only, in eval mode, without gradients; nothing of the training state changes."""
+        if batch is None:  # another replica's
+            return ForwardReport(0)
         with self._reported(step, "batch"):
             self._activity.set(step, "batch")
             self._slice.set_training(False)
             own = unpack(batch)
-            microbatches = self._cut(own)
+            microbatches = self._layouts.find(own).split(own, self._spec.microbatches)
             losses = Losses(self._spec.rule, self._spec.caller, microbatches) if kind == "evaluate" else None
             program = self._program(len(microbatches), False)
             recorder = Recorder([item.action for item in program.items])
             computer = ForwardComputer(self._slice, microbatches, self._spec.seed, step, losses)
-        yield from execute(program, computer, self._channels(), self._ranks, recorder, self._activity, step)
+        yield from self._execute(program, computer, recorder, step)
         report = ForwardReport(sum(m.samples for m in microbatches))
         with self._reported(step, kind):
             if self._is_last:
@@ -150,11 +145,50 @@ class StageWorker:
         if self._transport is not None:
             self._transport.close()
 
+    def _execute(
+        self, program: Program, computer: TrainComputer | ForwardComputer, recorder: Recorder, step: int
+    ) -> RankWork[None]:
+        return execute(
+            program, computer, self._channels(), self._ranks, recorder, self._activity, step, replica=self._named
+        )
+
+    def _shared_out(self, batch: Any) -> tuple[int, Share, Losses]:
+        """The whole batch's samples, this replica's share, and what collects the share's losses."""
+        layout, spec = self._layouts.find(batch), self._spec
+        share = share_of(layout, batch, self._replica, self._replicas, spec.microbatches)
+        whole = None
+        if self._replicas > 1 and spec.rule.known_before_forward:
+            whole = weights_of(spec.rule, layout, batch, self._replicas, spec.microbatches)
+        return layout.samples(batch), share, Losses(spec.rule, spec.caller, share.microbatches, self._tell, whole)
+
     def _tell(self, losses: Losses) -> None:
         """Every loss of the step is known: what its gradients are divided by can go to the other ranks."""
-        refused = losses.refusal() if self._is_last else None
-        if self._is_last and (refused is not None or losses.trains):  # else the step's end says what is wrong
-            self._optimizer.tell(self._channels(), _told(losses, refused, losses.total() if refused is None else 1.0))
+        if not self._is_last:
+            return
+        if (
+            self._replicas > 1 or losses.trains or losses.refusal() is not None
+        ):  # else the step's end says what is wrong
+            self._optimizer.tell(self._channels(), self._told(losses))
+
+    def _told(self, losses: Losses) -> float | list[float]:
+        """What the optimizers are told: the divisor, or 0 for a batch whose gradients are thrown away."""
+        if self._is_last and self._replicas > 1:
+            return losses.tally().vector()
+        if self._is_last:
+            return losses.total() if losses.refusal() is None else 0.0
+        return 0.0 if losses.divisor == 0 else 1.0
+
+    def _outcome(self, losses: Losses, update: Update) -> tuple[float | None, float, str | None]:
+        """On the last stage: the loss, what norms are still to be divided by, and why the batch was refused."""
+        rule = self._spec.rule
+        tallies = [Tally.read(numbers) for numbers in update.told] if self._replicas > 1 else [losses.tally()]
+        refused = losses.refusal_of_terms() or refusal_of(rule, tallies)
+        if refused is not None:
+            return None, 1.0, refused
+        if not any(tally.trains for tally in tallies):
+            losses.total()  # raises
+        total = rule.total([tally.weight for tally in tallies])
+        return losses.loss(total), total if losses.divisor is None else 1.0, None
 
     def _flush(self) -> RankWork[None]:
         yield self._channels().flush()
@@ -167,13 +201,10 @@ class StageWorker:
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
             # A collective waits for whoever is missing; that some rank is waited for is all that is asked.
-            peer = next((rank for rank in self._ranks.values() if rank != self._rank), self._rank)
+            peer = next((rank for rank in range(self._spec.topology.size) if rank != self._rank), self._rank)
             self._activity.set(step, "optimizer", waits_for=handle.source if handle.source is not None else peer)
             yield handle
             self._activity.set(step, "optimizer")
-
-    def _cut(self, batch: Any) -> list[Microbatch]:
-        return self._layouts.find(batch).split(batch, self._spec.microbatches)
 
     def _compile(self, microbatches: int, training: bool) -> Program:
         schedule = self._spec.schedule(microbatches)
@@ -209,9 +240,4 @@ class StageWorker:
         except RaypipeError:
             raise
         except Exception as error:
-            raise StageError(self._stage, word, step, error) from error
-
-
-def _told(losses: Losses, refused: str | None, divisor: float) -> float:
-    """What the optimizers are told: the divisor, or 0 for a batch whose gradients are thrown away."""
-    return 0.0 if refused is not None or losses.divisor == 0 else divisor
+            raise StageError(self._stage, word, step, error, replica=self._named) from error

@@ -15,7 +15,7 @@ import torch
 
 from raypipe.tensors import TensorSpec
 
-__all__ = ["Done", "Handle", "TensorSpec", "Transport", "Wiring"]
+__all__ = ["Done", "Handle", "TensorSpec", "Transport", "Wiring", "check_parts"]
 
 T = TypeVar("T", covariant=True)
 
@@ -69,6 +69,15 @@ class Transport(Protocol):
         handle was waited for or is ready.
         """
 
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], lengths: Sequence[int], ranks: Sequence[int]
+    ) -> Handle[list[torch.Tensor]]:
+        """Sends ``parts[i]`` to the i-th of ``ranks`` (as in ``all_reduce``), and gives what each sent to this one.
+
+        Every part has one dimension, and all have one dtype; the i-th rank's has ``lengths[i]`` elements. They must not
+        change before the handle was waited for or is ready; this rank's own part comes back as it is.
+        """
+
     def flush(self) -> Handle[None]:
         """Every message that was sent so far has gone."""
 
@@ -101,3 +110,20 @@ class Wiring:
     size: int
     pairs: tuple[tuple[int, int], ...]
     groups: tuple[tuple[int, ...], ...] = ()
+
+
+def check_parts(rank: int, parts: Sequence[torch.Tensor], lengths: Sequence[int], ranks: Sequence[int]) -> None:
+    """Refuses what ``Transport.all_to_all`` cannot exchange.
+
+    Raises:
+        ValueError: there is not one part and one length for each rank, a part has not one dimension, or the own part is
+            not as long as ``lengths`` say.
+    """
+    own = next((part for part, each in zip(parts, ranks, strict=False) if each == rank), None)
+    fits = len(parts) == len(lengths) == len(ranks) and all(part.dim() == 1 for part in parts)
+    if not fits or (own is not None and own.numel() != lengths[list(ranks).index(rank)]):
+        raise ValueError(
+            f"all_to_all was given parts of the shapes {[tuple(part.shape) for part in parts]} and the lengths "
+            f"{tuple(lengths)} for the ranks {tuple(ranks)}; each rank needs a part of one dimension and a length, and "
+            f"rank {rank} its own length at its place"
+        )

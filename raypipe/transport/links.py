@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -104,9 +104,13 @@ class Arrival(Generic[T]):
             self._works, self._place = (), 0
 
 
-def trade(group: Group, mine: Iterable[torch.Tensor], buffers: dict[int, list[torch.Tensor]]) -> _Works:
-    """Sends ``mine`` to each peer of ``buffers``, and receives its tensors into them; empty tensors do not travel."""
-    mine = [tensor for tensor in mine if tensor.numel()]
+def trade(
+    group: Group, given: Mapping[int, Iterable[torch.Tensor]], buffers: Mapping[int, Iterable[torch.Tensor]]
+) -> _Works:
+    """Sends to each peer of ``buffers`` what is ``given`` for it, and receives its tensors into them.
+
+    Empty tensors do not travel.
+    """
     works = [(peer, group.receive(each, peer)) for peer, theirs in buffers.items() for each in theirs if each.numel()]
-    works += [(peer, group.send(each, peer)) for peer in buffers for each in mine]
+    works += [(peer, group.send(each, peer)) for peer in buffers for each in given[peer] if each.numel()]
     return works

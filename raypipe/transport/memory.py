@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from raypipe.errors import PeerLost
-from raypipe.transport.base import Done, Handle, TensorSpec
+from raypipe.transport.base import Done, Handle, TensorSpec, check_parts
 from raypipe.transport.reduce import sum_in_rank_order
 
 __all__ = ["MemoryHub", "MemoryTransport"]
@@ -90,6 +90,12 @@ def _sum(meeting: _Meeting) -> None:
                 part.copy_(total)
     for slot in meeting.slots.values():
         slot.fill(None)
+
+
+def _swap(meeting: _Meeting) -> None:
+    for place, rank in enumerate(meeting.ranks):
+        came = [meeting.given[other][place] for other in meeting.ranks]
+        meeting.slots[rank].fill([part if n == place else part.clone() for n, part in enumerate(came)])
 
 
 _Key = tuple[Callable[[_Meeting], None], tuple[int, ...], int]
@@ -200,6 +206,13 @@ class MemoryTransport:
     def all_reduce(self, tensors: Sequence[torch.Tensor], ranks: Sequence[int]) -> Handle[None]:
         """Sums in place, in order of ranks; done once every one of ``ranks`` has called it."""
         return self._meet(_sum, tuple(ranks), [tensor.detach() for tensor in tensors])
+
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], lengths: Sequence[int], ranks: Sequence[int]
+    ) -> Handle[list[torch.Tensor]]:
+        """Gives every other rank its part; ready once every one of ``ranks`` has called it."""
+        check_parts(self.rank, parts, lengths, ranks)
+        return self._meet(_swap, tuple(ranks), [part.detach() for part in parts])
 
     def flush(self) -> Handle[None]:
         """Ready at once: a message is a copy that the receiver owns."""

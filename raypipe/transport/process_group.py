@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from raypipe.transport.base import Handle, TensorSpec, Wiring
+from raypipe.transport.base import Handle, TensorSpec, Wiring, check_parts
 from raypipe.transport.gloo import Group, Network, lost
 from raypipe.transport.links import Arrival, Links, trade
 from raypipe.transport.outbox import Flush, Outbox
@@ -150,6 +150,24 @@ class ProcessGroupTransport:
 
         return self._exchange(tuple(ranks), parts, add_up)
 
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], lengths: Sequence[int], ranks: Sequence[int]
+    ) -> Handle[list[torch.Tensor]]:
+        """Sends each rank its part and receives theirs.
+
+        Raises:
+            PeerLost: a connection is closed already.
+            ValueError: ``ranks`` are neither all the ranks nor one of the wiring's groups, or the parts are not one of
+                one dimension for each of them.
+        """
+        check_parts(self.rank, parts, lengths, ranks)
+        mine = dict(zip(ranks, ([part.detach().contiguous()] for part in parts), strict=True))
+        came = {
+            rank: mine[rank] if rank == self.rank else [parts[0].new_empty(n)]
+            for rank, n in zip(ranks, lengths, strict=True)
+        }
+        return self._exchange(tuple(ranks), came, lambda: [each for (each,) in came.values()], mine)
+
     def flush(self) -> Handle[None]:
         """Every message that was sent so far has gone."""
         self._links.check_open(None)
@@ -160,9 +178,13 @@ class ProcessGroupTransport:
         self._links.close()
 
     def _exchange(
-        self, ranks: tuple[int, ...], parts: dict[int, list[torch.Tensor]], finish: Callable[[], T]
+        self,
+        ranks: tuple[int, ...],
+        parts: dict[int, list[torch.Tensor]],
+        finish: Callable[[], T],
+        given: dict[int, list[torch.Tensor]] | None = None,
     ) -> Handle[T]:
-        """Sends this rank's part to each other rank and receives theirs."""
+        """Sends this rank's part to each other rank, or to each the one ``given`` for it, and receives theirs."""
         self._links.check_open(None)
         if ranks == (self.rank,):
             return Arrival(self._links, (), finish)
@@ -171,7 +193,8 @@ class ProcessGroupTransport:
                 f"the ranks {ranks} are no group of rank {self.rank}; those of its wiring are {sorted(self._groups)}"
             )
         try:
-            works = trade(group, parts[self.rank], {rank: part for rank, part in parts.items() if rank != self.rank})
+            theirs = {rank: part for rank, part in parts.items() if rank != self.rank}
+            works = trade(group, given or dict.fromkeys(theirs, parts[self.rank]), theirs)
         except RuntimeError as error:
             raise lost(None, error) from error
         return Arrival(self._links, works, finish)
