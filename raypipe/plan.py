@@ -105,8 +105,10 @@ class Plan:
     def wiring(self) -> Wiring:
         """Which ranks talk to which."""
         pairs: set[tuple[int, int]] = set()
-        for replica, chunk in itertools.product(range(self.topology.replicas), range(self.schedule.chunks - 1)):
-            one, other = (self.topology.rank(self.schedule.stage_of(c), replica) for c in (chunk, chunk + 1))
+        copies = itertools.product(range(self.topology.replicas), range(self.topology.tensor))
+        for chunk, (replica, tensor) in itertools.product(range(self.schedule.chunks - 1), tuple(copies)):
+            stages = self.schedule.stage_of(chunk), self.schedule.stage_of(chunk + 1)
+            one, other = (self.topology.rank(stage, replica, tensor) for stage in stages)
             if one != other:
                 pairs |= {(one, other), (other, one)}
         return Wiring(self.topology.size, tuple(sorted(pairs)), tuple(sorted(self.gradients().shared)))

@@ -80,7 +80,7 @@ class Run:
 
     def drawn(self, width: int = 100) -> str:
         """The last step's schedule as it was planned and as it was measured, of the first replica."""
-        reports = [self._controller.reports[rank] for rank in self._plan.topology.ranks_of(0)]
+        reports = [self._controller.reports[rank] for rank in self._plan.topology.leaders(0)]
         schedule = self._plan.options.make_schedule(reports[0].microbatches)
         return draw_planned_and_measured(schedule, [report.trace for report in reports], width)
 

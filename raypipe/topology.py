@@ -52,6 +52,15 @@ class Topology:
         """All ranks of one pipeline, in order."""
         return tuple(rank for rank in range(self.size) if self.place(rank).replica == replica)
 
+    def leaders(self, replica: int) -> tuple[int, ...]:
+        """The first rank of each stage's tensor group in one pipeline, in order."""
+        return tuple(self.rank(stage, replica) for stage in range(self.stages))
+
+    def leader(self, rank: int) -> int:
+        """The first rank of the tensor group of ``rank``."""
+        place = self.place(rank)
+        return self.rank(place.stage, place.replica)
+
     def copies(self, rank: int) -> tuple[int, ...]:
         """The ranks that stand where ``rank`` does, one in each replica, in order."""
         place = self.place(rank)

@@ -17,7 +17,7 @@ def test_buckets_hold_one_dtype_and_a_bounded_size_and_know_owners(monkeypatch: 
     held = {name: parameter(10) for name in "abcd"} | {"h": parameter(2, dtype=torch.bfloat16), "big": parameter(99)}
     shared = {(0, 2): ("a", "h", "b", "big", "c"), (1, 2): ("x",), (0, 1): ("d",)}
     owned = (("a", "big", "d"), ("x",), ("b", "c", "h"))
-    made = make_buckets(0, held, shared, owned)
+    made = make_buckets(0, held, shared, owned.__getitem__)
     named = {id(p): name for name, p in held.items()}
     assert [(b.ranks, [[named[id(p)] for p in part] for part in b.parts]) for b in made] == [
         ((0, 2), [["a"], ["b"]]),

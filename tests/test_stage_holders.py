@@ -28,6 +28,13 @@ def test_sharded_owners_are_spread_and_each_holds_what_it_owns() -> None:
         assert set(names) <= set(HELD[Topology(3, 2).place(rank).stage])
 
 
+def test_of_a_tensor_group_the_first_rank_counts_and_each_steps_its_piece() -> None:
+    found = gradients_of(Topology(2, 2, tensor=2), [["a"], ["b"]], {"a": 4, "b": 2}, sharded=True)
+    assert found.shared == {(0, 4): ("a",), (1, 5): ("a",), (2, 6): ("b",), (3, 7): ("b",)}
+    assert found.owned == (("a",), (), ("b",), (), (), (), (), ())
+    assert [found.stepped_by(rank) for rank in range(8)] == [("a",), ("a",), ("b",), ("b",), (), (), (), ()]
+
+
 def test_the_largest_go_first_each_to_whoever_has_least() -> None:
     holders = dict.fromkeys("vwxyz", (4, 7))
     assert deal(holders, {"v": 1, "w": 2, "x": 3, "y": 4, "z": 4}) == {"y": 4, "z": 7, "x": 4, "w": 7, "v": 7}

@@ -15,6 +15,8 @@ def test_a_rank_and_its_place_are_each_others_inverse() -> None:
 def test_the_ranks_of_a_replica_and_the_copies_of_a_rank() -> None:
     assert GRID.ranks_of(0) == (0, 1, 2, 3, 4, 5)
     assert GRID.ranks_of(1) == (6, 7, 8, 9, 10, 11)
+    assert GRID.leaders(1) == (6, 8, 10)
+    assert [GRID.leader(rank) for rank in (8, 9, 10, 11)] == [8, 8, 10, 10]
     assert GRID.copies(3) == GRID.copies(9) == (3, 9)
 
 

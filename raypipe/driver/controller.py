@@ -177,7 +177,7 @@ class Controller:
         return metrics if tokens is None else {**metrics, "tokens": tokens}
 
     def _of_first_replica(self, reports: Sequence[T]) -> list[T]:
-        return list(reports) if self._topology is None else [reports[rank] for rank in self._topology.ranks_of(0)]
+        return list(reports) if self._topology is None else [reports[rank] for rank in self._topology.leaders(0)]
 
 
 def data_error(error: Exception, step: int) -> Exception:

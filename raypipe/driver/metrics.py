@@ -33,9 +33,9 @@ def step_metrics(
         most that a replica had; ``seconds``, of the slowest rank; ``bubble``, the share of the ranks' time in which no
         action was computed; ``peak_in_flight``, by stage, the most of all replicas.
     """
-    lasts = [report for report in reports if report.loss is not None]
-    last = lasts[0]
     topology = Topology(len(reports)) if topology is None else topology
+    lasts = [report for rank, report in enumerate(reports) if report.loss is not None and topology.leader(rank) == rank]
+    last = lasts[0]
     peaks = [0] * topology.stages
     for rank, report in enumerate(reports):
         stage = topology.place(rank).stage

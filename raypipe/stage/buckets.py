@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ def make_buckets(
     rank: int,
     parameters: Mapping[str, nn.Parameter],
     shared: Mapping[tuple[int, ...], Sequence[str]],
-    owned: Sequence[Sequence[str]],
+    stepped_by: Callable[[int], Sequence[str]],
 ) -> list[Bucket]:
     """The buckets of one rank, in an order that any two ranks have alike in what they share.
 
@@ -42,15 +42,15 @@ def make_buckets(
         rank: this one.
         parameters: held by it, by name.
         shared: names by the ranks that hold them.
-        owned: names by the rank that owns them.
+        stepped_by: names by the rank that owns them.
     """
-    owner = {name: number for number, names in enumerate(owned) for name in names}
     buckets = []
     for ranks, names in shared.items():
         if rank not in ranks:
             continue
+        stepped = {each: set(stepped_by(each)) for each in ranks}
         for group in _groups(names, parameters):
-            parts = [tuple(parameters[name] for name in group if owner[name] == each) for each in ranks]
+            parts = [tuple(parameters[name] for name in group if name in stepped[each]) for each in ranks]
             buckets.append(Bucket(ranks, tuple(parts)))
     return buckets
 

@@ -29,19 +29,20 @@ def gradients_of(
         sizes: the number of elements of every trainable parameter, in model order.
         sharded: whether owners are spread over the replicas; else all are in replica 0.
     """
-    holders: dict[str, tuple[int, ...]] = {}
-    for name in sizes:
-        stages = [stage for stage, names in enumerate(held) if name in names]
-        held_on = [topology.rank(stage, replica) for replica in range(topology.replicas) for stage in stages]
-        if held_on:
-            holders[name] = tuple(sorted(held_on))
+    stages = {name: [stage for stage, names in enumerate(held) if name in names] for name in sizes}
+    holders = {name: _ranks(topology, where, 0) for name, where in stages.items() if where}
     owners = deal(holders, sizes) if sharded else {name: ranks[0] for name, ranks in holders.items()}
     owned = tuple(tuple(name for name in holders if owners[name] == rank) for rank in range(topology.size))
+    stepped = tuple(owned[topology.leader(rank)] for rank in range(topology.size)) if topology.tensor > 1 else ()
     shared: dict[tuple[int, ...], list[str]] = {}
-    for name, ranks in holders.items():
-        if len(ranks) > 1:
-            shared.setdefault(ranks, []).append(name)
-    return Gradients(owned, tuple(holders), {ranks: tuple(names) for ranks, names in shared.items()})
+    for name in holders:  # a rank of a tensor group shares its piece with those that hold the same
+        for tensor in range(topology.tensor if len(holders[name]) > 1 else 0):
+            shared.setdefault(_ranks(topology, stages[name], tensor), []).append(name)
+    return Gradients(owned, tuple(holders), {ranks: tuple(names) for ranks, names in shared.items()}, stepped)
+
+
+def _ranks(topology: Topology, stages: Sequence[int], tensor: int) -> tuple[int, ...]:
+    return tuple(topology.rank(stage, replica, tensor) for replica in range(topology.replicas) for stage in stages)
 
 
 def deal(holders: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> dict[str, int]:

@@ -78,7 +78,7 @@ class StageOptimizer:
         self._early = max_grad_norm is None and bool(self._tellers.ranks)
         self._told: Handle[list[Tensor]] | None = None
         self._reduction = Reduction(rank, self._parameters, gradients, sharded=sharded)
-        stepped = {name: self._parameters[name] for name in gradients.owned[rank]} if sharded else self._parameters
+        stepped = {name: self._parameters[name] for name in gradients.stepped_by(rank)} if sharded else self._parameters
         self.optimizer = _checked_optimizer(make(list(stepped.items()))) if stepped else None
         self.scheduler = None
         if self.optimizer is not None and make_scheduler is not None:

@@ -39,7 +39,7 @@ class Reduction:
         self, rank: int, parameters: Mapping[str, nn.Parameter], gradients: Gradients, *, sharded: bool
     ) -> None:
         self._rank, self._sharded = rank, sharded
-        self._buckets = make_buckets(rank, parameters, gradients.shared, gradients.owned)
+        self._buckets = make_buckets(rank, parameters, gradients.shared, gradients.stepped_by)
 
     def sum(self, transport: Transport) -> RankWork[None]:
         """Sums the gradients of shared parameters. A parameter without one on every holder stays without."""

@@ -26,15 +26,22 @@ class Gradients:
     """Which parameters' gradients are whose.
 
     Attributes:
-        owned: for each rank the trainable parameters that it counts in the global norm, and steps where the optimizer
-            is sharded: all that it holds, but of a shared one there is one owner.
+        owned: for each rank the trainable parameters that it counts in the global norm: all that it holds, but of a
+            shared one there is one owner, and of a tensor group's the first rank.
         order: all trainable parameters that some rank holds, in model order: the order of sums in the norm.
         shared: for each set of ranks that share parameters, their names.
+        stepped: for each rank what it steps where the optimizer is sharded: what the first rank of its tensor group
+            owns, of which it holds a piece. None given: what it owns.
     """
 
     owned: tuple[tuple[str, ...], ...]
     order: tuple[str, ...]
     shared: Mapping[tuple[int, ...], tuple[str, ...]] = field(default_factory=dict)
+    stepped: tuple[tuple[str, ...], ...] = ()
+
+    def stepped_by(self, rank: int) -> tuple[str, ...]:
+        """What a rank steps where the optimizer is sharded."""
+        return self.stepped[rank] if self.stepped else self.owned[rank]
 
 
 @dataclass(frozen=True, slots=True)
