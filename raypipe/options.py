@@ -13,6 +13,7 @@ from raypipe.data import Source, open_source
 from raypipe.data.adapters import OnceSource
 from raypipe.driver.resources import check_resources
 from raypipe.model.partition import check_balance
+from raypipe.model.recomputing import check_recompute
 from raypipe.model.weights import LossRule
 from raypipe.schedule import Auto, Schedule, chunks_of, names
 from raypipe.schedule.maker import ScheduleMaker
@@ -33,7 +34,6 @@ NOT_YET: Mapping[str, Any] = {
     "data_parallel": 1,
     "shard": None,
     "precision": "fp32",
-    "recompute": "none",
     "compile": False,
     "checkpoint_every": None,
     "snapshot_every": None,
@@ -64,6 +64,7 @@ class Options:
     batch_dims: Any = None
     units: Sequence[str] | None = None
     balance: str | Sequence[int] = "flops"
+    recompute: str | Callable[[str], bool] = "none"
     batch_norm: str | None = None
     threads: int | None = None
     resources_per_stage: Mapping[str, float] | None = None
@@ -95,6 +96,7 @@ class Options:
         self._check_schedule()
         self._check_resources()
         check_balance(self.balance)
+        check_recompute(self.recompute)
         if self.microbatch_weight is not None:
             LossRule.given(self.microbatch_weight)
         if self.units is not None and (isinstance(self.units, str) or not all(isinstance(u, str) for u in self.units)):

@@ -17,6 +17,7 @@ from raypipe.model.husk import names_of
 from raypipe.model.microbatch import BatchLayout, LayoutCache
 from raypipe.model.origin import Origin
 from raypipe.model.partition import Chunk, Partition
+from raypipe.model.recomputing import Recomputed
 from raypipe.model.split_coverage import Coverage
 from raypipe.model.weights import LossRule
 from raypipe.options import Options
@@ -48,6 +49,7 @@ class Plan:
         stages: what each stage holds, computes and sends.
         choice: why the schedule is this one, where it was to be chosen.
         coverage: which weights' gradients wait, where the schedule has backwards in halves.
+        recomputed: which units run again in their backward.
     """
 
     topology: Topology
@@ -64,6 +66,7 @@ class Plan:
     stages: tuple[StagePlan, ...] = ()
     choice: Choice | None = None
     coverage: Coverage | None = None
+    recomputed: Recomputed = Recomputed()
 
     @property
     def model(self) -> nn.Module:
@@ -138,6 +141,7 @@ class Plan:
             metrics=options.metrics,
             seed=options.seed,
             threads=options.threads or 1,
+            recompute=self.recomputed.units,
         )
 
     def build_of(self, rank: int) -> Callable[[], StageWorker]:

@@ -63,6 +63,8 @@ class PipelineTrainer:
         units: patterns of module names that are never cut.
         example: a batch to plan with in the constructor; None: the first training batch, when it is first needed.
         balance: unit calls for each stage, or ``"flops"``, ``"parameters"``.
+        recompute: ``"full"``: every unit keeps its arguments alone and runs again in its backward, which saves memory and
+            costs a forward; ``recompute(unit_name) -> bool`` chooses units (docs/memory.md).
         batch_norm: ``"microbatch"`` accepts BatchNorm with a microbatch's own statistics.
         threads: of PyTorch in each rank.
         resources_per_stage: Ray resources of one rank, such as ``{"GPU": 1}``.
@@ -100,6 +102,7 @@ class PipelineTrainer:
         units: Sequence[str] | None = None,
         example: Any = None,
         balance: str | Sequence[int] = "flops",
+        recompute: str | Callable[[str], bool] = "none",
         batch_norm: str | None = None,
         threads: int | None = None,
         resources_per_stage: Mapping[str, float] | None = None,
@@ -128,6 +131,7 @@ class PipelineTrainer:
             batch_dims=batch_dims,
             units=units,
             balance=balance,
+            recompute=recompute,
             batch_norm=batch_norm,
             threads=threads,
             resources_per_stage=resources_per_stage,

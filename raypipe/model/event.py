@@ -118,6 +118,7 @@ class Event:
         plays: the hooks that ran inside of the unit.
         left: what the unit left behind without returning it.
         guessed: whether its shapes depend on data, and are those for stand-ins of zeros.
+        once: why the unit call must not run a second time in the backward, or ``""`` (see ``model.once``).
     """
 
     name: str
@@ -135,6 +136,7 @@ class Event:
     plays: tuple[Play, ...] = ()
     left: tuple[Left, ...] = ()
     guessed: bool = False
+    once: str = ""
 
     @property
     def nested(self) -> bool:

@@ -48,7 +48,8 @@ class Within(TorchFunctionMode):
         on_numbers: runs a function for real on stand-ins for its arguments.
 
     Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments; ``paused``, while the body of a
-    hook runs, which is no part of the unit.
+    hook runs, which is no part of the unit; ``reads_hidden``, whether it read values that are
+    no arguments.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Within(TorchFunctionMode):
         self._values, self._parameters, self._own = values, parameters, frozenset(own)
         self._event, self._hidden = event, hidden
         self.paused = False
+        self.reads_hidden = False
         self.uses: list[int] = []
         self.parameters_used: list[str] = []
 
@@ -99,11 +101,13 @@ class Within(TorchFunctionMode):
             return True
         if id(tensor) in self._values:
             self.uses.append(self._values[id(tensor)])
+            self.reads_hidden = True
             return True
         maker = maker_of(tensor, self._mark)
         if maker is None or not maker.of_value:
             return False
         if maker.event != self._event:
+            self.reads_hidden = True
             self._hidden(tensor, self._unit)
         return True
 

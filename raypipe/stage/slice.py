@@ -6,7 +6,7 @@ arrive at the same boundary without a word.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class Slice:
         cuts: the unit call that each chunk but the first starts with.
         calls: how many unit calls the model makes.
         caller: how the model is called.
+        recompute: names of the units that run again in their backward.
 
     Attributes:
         parameters: the parameters held, by name, in model order.
@@ -67,10 +68,12 @@ class Slice:
         cuts: tuple[int, ...],
         calls: int,
         caller: Caller,
+        recompute: Collection[str] = (),
     ) -> None:
         self._twin = Twin(skeleton.model, patterns)
         self.model = materialise(skeleton, tensors)
         self._cuts, self._calls, self._caller = cuts, calls, caller
+        self._recompute = frozenset(recompute)
         units = find_units(self.model, patterns)
         self._switch = install(units)
         named = dict(self.model.named_parameters())
@@ -132,6 +135,7 @@ class Slice:
             planned.windows[chunk],
             received,
             seeds,
+            self._recompute,
         )
 
     def _first_trained(self, recording: Recording) -> int:

@@ -60,6 +60,7 @@ class PipelineSpec:
         metrics: of evaluation, by name.
         seed: of dropout.
         threads: of PyTorch in each rank, or None to leave them.
+        recompute: names of the units that run again in their backward.
     """
 
     topology: Topology
@@ -80,3 +81,4 @@ class PipelineSpec:
     metrics: Mapping[str, Callable[[Any, Any], Any]]
     seed: int
     threads: int | None
+    recompute: tuple[str, ...] = ()
