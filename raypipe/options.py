@@ -34,7 +34,6 @@ NOT_YET: Mapping[str, Any] = {
     "data_parallel": 1,
     "shard": None,
     "precision": "fp32",
-    "compile": False,
     "checkpoint_every": None,
     "snapshot_every": None,
     "elastic": False,
@@ -65,6 +64,7 @@ class Options:
     units: Sequence[str] | None = None
     balance: str | Sequence[int] = "flops"
     recompute: str | Callable[[str], bool] = "none"
+    compile: bool = False
     batch_norm: str | None = None
     threads: int | None = None
     resources_per_stage: Mapping[str, float] | None = None
@@ -97,6 +97,13 @@ class Options:
         self._check_resources()
         check_balance(self.balance)
         check_recompute(self.recompute)
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile is {self.compile!r}, but must be True or False")
+        if self.compile and self.recompute != "none":
+            raise ValueError(
+                "compile=True goes with recompute='none' alone: compiled code chooses by itself what it computes again; "
+                "leave one of the two out"
+            )
         if self.microbatch_weight is not None:
             LossRule.given(self.microbatch_weight)
         if self.units is not None and (isinstance(self.units, str) or not all(isinstance(u, str) for u in self.units)):

@@ -142,6 +142,7 @@ class Plan:
             seed=options.seed,
             threads=options.threads or 1,
             recompute=self.recomputed.units,
+            compiled=options.compile,
         )
 
     def build_of(self, rank: int) -> Callable[[], StageWorker]:

@@ -116,7 +116,7 @@ def _again(recomputed: Recomputed) -> str:
     reasons: dict[str, list[str]] = {}
     for name, reason in recomputed.whole.items():
         reasons.setdefault(reason, []).append(name)
-    left = [f"{_span(names)}, which {reason}" for reason, names in reasons.items()]
+    left = [f"{_span(names)} ({reason})" for reason, names in reasons.items()]
     return f"{text}; left whole: {'; '.join(left)}" if left else text
 
 

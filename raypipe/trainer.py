@@ -65,6 +65,7 @@ class PipelineTrainer:
         balance: unit calls for each stage, or ``"flops"``, ``"parameters"``.
         recompute: ``"full"``: every unit keeps its arguments alone and runs again in its backward, which saves memory and
             costs a forward; ``recompute(unit_name) -> bool`` chooses units (docs/memory.md).
+        compile: ``torch.compile`` every unit, each kind once a rank; on CPUs every node needs a C++ compiler.
         batch_norm: ``"microbatch"`` accepts BatchNorm with a microbatch's own statistics.
         threads: of PyTorch in each rank.
         resources_per_stage: Ray resources of one rank, such as ``{"GPU": 1}``.
@@ -103,6 +104,7 @@ class PipelineTrainer:
         example: Any = None,
         balance: str | Sequence[int] = "flops",
         recompute: str | Callable[[str], bool] = "none",
+        compile: bool = False,
         batch_norm: str | None = None,
         threads: int | None = None,
         resources_per_stage: Mapping[str, float] | None = None,
@@ -132,6 +134,7 @@ class PipelineTrainer:
             units=units,
             balance=balance,
             recompute=recompute,
+            compile=compile,
             batch_norm=batch_norm,
             threads=threads,
             resources_per_stage=resources_per_stage,

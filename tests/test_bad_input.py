@@ -97,8 +97,6 @@ LATER = {
     "data_parallel": 2,
     "shard": "optimizer",
     "precision": "bf16",
-    "recompute": "full",
-    "compile": True,
     "checkpoint_every": 100,
     "snapshot_every": 10,
     "elastic": True,

@@ -136,7 +136,7 @@ class Recorder(Watch):
         what = Happening(name, self.calls - 1, counter, where)
         self.ledger.add(what, sources, traffic.inputs, changed, result, event, (tuple(traffic.plays), left))
         why = once.why(bool(changed), bool(left), within.reads_hidden, where.region is not None)
-        self.recording.events[event] = replace(self.recording.events[event], once=why)
+        self.recording.events[event] = replace(self.recording.events[event], once=why, counted=within.counted)
         return result
 
     def _hear(

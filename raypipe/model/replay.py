@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from raypipe.errors import CutError
 from raypipe.model.attributes import Snapshot
 from raypipe.model.beside import Hearing, leave, name_left, play
+from raypipe.model.compiled import eagerly
 from raypipe.model.event import Constant, Event, New, Same
 from raypipe.model.functions import SHAPES, changes_in_place, function_name
 from raypipe.model.hooks import heard, next_hook, remove_hooks_since
@@ -154,7 +155,7 @@ class _Replay(Watch):
                 refuse_placeholder(self.recording)
             if name in self.again and not self.recording.once(number):
                 result = run_keyed(lambda: recomputed(call, args, kwargs))
-            elif not event.plays and not event.left:
+            elif not event.in_sight:
                 result = run_keyed(lambda: call(*args, **kwargs))
             else:
                 result = self._run_and_hear(event, call, args, kwargs)
@@ -167,7 +168,7 @@ class _Replay(Watch):
     ) -> Any:
         unit: nn.Module = call.__self__  # type: ignore[attr-defined]
         hearing = Hearing(event, self._name, self._seen)
-        with heard(unit, hearing, self.recording.inside):
+        with eagerly(unit), heard(unit, hearing, self.recording.inside):
             result = run_keyed(lambda: call(*args, **kwargs))
         hearing.finish()
         name_left(event, unit, (args, kwargs), self._name)

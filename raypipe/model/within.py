@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from raypipe.model.denominators import is_counted
 from raypipe.model.trees import tensors_in
 
 __all__ = ["Maker", "Within", "maker_of"]
@@ -47,7 +48,8 @@ class Within(TorchFunctionMode):
         hidden: is told of a tensor that another unit made and kept to itself, and which unit uses it.
         on_numbers: runs a function for real on stand-ins for its arguments.
 
-    Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments; ``paused``, while the body of a
+    Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments; ``counted``, whether it called a loss
+    function whose denominator must be seen; ``paused``, while the body of a
     hook runs, which is no part of the unit; ``reads_hidden``, whether it read values that are
     no arguments.
     """
@@ -71,13 +73,14 @@ class Within(TorchFunctionMode):
         self._values, self._parameters, self._own = values, parameters, frozenset(own)
         self._event, self._hidden = event, hidden
         self.paused = False
-        self.reads_hidden = False
+        self.counted = self.reads_hidden = False
         self.uses: list[int] = []
         self.parameters_used: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.paused:
             return func(*args, **(kwargs or {}))
+        self.counted |= is_counted(func)
         tainted = [self._is_value(tensor) for _, tensor in tensors_in((args, kwargs or {}))]
         try:
             result = func(*args, **(kwargs or {}))

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from raypipe.errors import CutError
 from raypipe.model.build import Skeleton, materialise
 from raypipe.model.call import Caller
+from raypipe.model.compiled import compile_units
 from raypipe.model.husk import Husk
 from raypipe.model.intercept import install
 from raypipe.model.join import shapes_of
@@ -55,6 +56,7 @@ class Slice:
         calls: how many unit calls the model makes.
         caller: how the model is called.
         recompute: names of the units that run again in their backward.
+        compiled: whether to compile the units.
 
     Attributes:
         parameters: the parameters held, by name, in model order.
@@ -69,6 +71,7 @@ class Slice:
         calls: int,
         caller: Caller,
         recompute: Collection[str] = (),
+        compiled: bool = False,
     ) -> None:
         self._twin = Twin(skeleton.model, patterns)
         self.model = materialise(skeleton, tensors)
@@ -76,6 +79,8 @@ class Slice:
         self._recompute = frozenset(recompute)
         units = find_units(self.model, patterns)
         self._switch = install(units)
+        if compiled:
+            compile_units(units)
         named = dict(self.model.named_parameters())
         self._trainable = {name for name, parameter in self._twin.model.named_parameters() if parameter.requires_grad}
         self._names = {id(parameter): name for name, parameter in named.items()}

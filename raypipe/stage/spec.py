@@ -61,6 +61,7 @@ class PipelineSpec:
         seed: of dropout.
         threads: of PyTorch in each rank, or None to leave them.
         recompute: names of the units that run again in their backward.
+        compiled: whether ranks compile their units.
     """
 
     topology: Topology
@@ -82,3 +83,4 @@ class PipelineSpec:
     seed: int
     threads: int | None
     recompute: tuple[str, ...] = ()
+    compiled: bool = False
