@@ -90,7 +90,15 @@ def test_a_norm_of_ones_own_may_read_its_statistics() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + self.running_mean
 
-    assert why(nn.Sequential(Renorm(W)), torch.rand(2, W)) == "changes its buffer 0.running_mean"
+    assert why(nn.Sequential(Renorm(W)), torch.rand(2, W)) == "changes its buffer 0.num_batches_tracked"
+
+
+def test_statistics_that_a_norm_changes_unseen() -> None:
+    """PyTorch's kernels do not count up the versions of running statistics."""
+    norm, unit = nn.BatchNorm1d(W), Changing("nothing")
+    for module, reason in ((norm, ""), (unit, "changes its buffer count")):
+        once = Once(module, ((), {}))
+        assert once.why(False, False, False, False, module.buffers()) == reason
 
 
 class Cache:

@@ -104,6 +104,23 @@ def test_units_with_effects_are_left_whole() -> None:
     }
 
 
+def test_running_statistics_of_ones_own() -> None:
+    class Own(nn.Module):
+        mean: Tensor
+        var: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH)
+            self.register_buffer("mean", torch.zeros(WIDTH))
+            self.register_buffer("var", torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(nn.functional.batch_norm(x, self.mean, self.var, training=True).tanh())
+
+    assert found(nn.Sequential(Own(), Own())).whole == dict.fromkeys("01", "changes its buffer mean")
+
+
 def test_what_torch_func_hides_is_left_whole() -> None:
     class Slope(nn.Module):
         def __init__(self) -> None:

@@ -6,7 +6,7 @@ It is found while the call is recorded. What is left whole for one of these reas
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,14 @@ class Once:
         self._buffers = {name: (buffer, buffer._version) for name, buffer in unit.named_buffers()}
         self._attributes = dict(_attributes(unit))
 
-    def why(self, changes_argument: bool, leaves: bool, reads_hidden: bool, inside_checkpoint: bool) -> str:
+    def why(
+        self,
+        changes_argument: bool,
+        leaves: bool,
+        reads_hidden: bool,
+        inside_checkpoint: bool,
+        normed: Iterable[Tensor] = (),
+    ) -> str:
         """After the call: why it must not run again, or ``""``.
 
         Args:
@@ -44,6 +51,7 @@ class Once:
             leaves: it left tensors in attributes, lists or dicts.
             reads_hidden: it read values that are no arguments.
             inside_checkpoint: the model itself has it run again.
+            normed: the tensors that norms with running statistics were given.
         """
         reasons = {
             "has hooks, which would run twice": self._hooks,
@@ -54,13 +62,14 @@ class Once:
             "gets an argument that cannot be copied": not self._copies,
         }
         found = next((text for text, holds in reasons.items() if holds), "")
-        return found or self._changed_buffer() or self._changed_attribute()
+        return found or self._changed_buffer({id(tensor) for tensor in normed}) or self._changed_attribute()
 
-    def _changed_buffer(self) -> str:
-        kept = {id(buffer) for norm in statistics_of(self._unit) for buffer in norm.buffers(recurse=False)}
+    def _changed_buffer(self, normed: Collection[int]) -> str:
+        kept = {id(buffer) for norm in _norms(self._unit) for buffer in norm.buffers(recurse=False)}
         now = dict(self._unit.named_buffers())
         for name, (buffer, version) in self._buffers.items():
-            if now.get(name) is not buffer or (buffer._version != version and id(buffer) not in kept):
+            written = buffer._version != version or id(buffer) in normed
+            if now.get(name) is not buffer or (written and id(buffer) not in kept):
                 return f"changes its buffer {name}"
         return ""
 
@@ -72,14 +81,13 @@ class Once:
 
 def statistics_of(unit: nn.Module) -> list[nn.Module]:
     """The modules whose buffers a forward in train mode changes but does not read: PyTorch's batch and instance norms."""
-    return [
-        module
-        for module in unit.modules()
-        if isinstance(module, _NormBase)
-        and module.training
-        and module.track_running_stats
-        and type(module).forward.__module__.startswith("torch.nn.modules.")
-    ]
+    return [norm for norm in _norms(unit) if norm.training and norm.track_running_stats]
+
+
+def _norms(unit: nn.Module) -> Iterator[_NormBase]:
+    for module in unit.modules():
+        if isinstance(module, _NormBase) and type(module).forward.__module__.startswith("torch.nn.modules."):
+            yield module
 
 
 def _without_memory(tensor: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class Recorder(Watch):
         self.calls += 1
         what = Happening(name, self.calls - 1, counter, where)
         self.ledger.add(what, sources, traffic.inputs, changed, result, event, (tuple(traffic.plays), left))
-        why = once.why(bool(changed), bool(left), within.reads_hidden, where.region is not None)
+        why = once.why(bool(changed), bool(left), within.reads_hidden, where.region is not None, within.normed)
         self.recording.events[event] = replace(self.recording.events[event], once=why, counted=within.counted)
         return result
 

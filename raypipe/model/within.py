@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -19,6 +20,9 @@ from raypipe.model.denominators import is_counted
 from raypipe.model.trees import tensors_in
 
 __all__ = ["Maker", "Within", "maker_of"]
+
+_NORMS = (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm, torch.native_batch_norm)
+"""They change running statistics without counting up the tensors' versions."""
 
 
 class Maker(NamedTuple):
@@ -51,7 +55,7 @@ class Within(TorchFunctionMode):
     Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments; ``counted``, whether it called a loss
     function whose denominator must be seen; ``paused``, while the body of a
     hook runs, which is no part of the unit; ``reads_hidden``, whether it read values that are
-    no arguments.
+    no arguments; ``normed``, the tensors that norms with running statistics were given.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Within(TorchFunctionMode):
         self._event, self._hidden = event, hidden
         self.paused = False
         self.counted = self.reads_hidden = False
+        self.normed: list[Tensor] = []
         self.uses: list[int] = []
         self.parameters_used: list[str] = []
 
@@ -81,6 +86,8 @@ class Within(TorchFunctionMode):
         if self.paused:
             return func(*args, **(kwargs or {}))
         self.counted |= is_counted(func)
+        if func in _NORMS:
+            self.normed += [tensor for _, tensor in tensors_in((args, kwargs or {}))]
         tainted = [self._is_value(tensor) for _, tensor in tensors_in((args, kwargs or {}))]
         try:
             result = func(*args, **(kwargs or {}))
