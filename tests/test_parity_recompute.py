@@ -136,7 +136,10 @@ def counted(counts: dict[int, int]) -> Iterator[None]:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             made, outputs = run(self, batch, planned, chunk, received, seeds)
         alive += planned.boundaries[chunk + 1].roots(made)
-        counts[chunk] = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive}.values())
+        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive}
+        # Microbatches are views of one batch; a microbatch's part is its own.
+        parts = {t.untyped_storage()._cdata: t.nbytes for t in batch.values()}
+        counts[chunk] = sum(parts.get(storage, size) for storage, size in sizes.items())
         return made, outputs
 
     Slice.run = counting  # type: ignore[method-assign]

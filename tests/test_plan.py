@@ -184,8 +184,9 @@ def test_a_choice_of_units_is_asked_by_name() -> None:
 
 def test_memory_and_times_follow_what_runs_again() -> None:
     model = gpt(layers=6)
-    first = plan_of(model, 2, recompute=lambda name: name in ("blocks.0", "blocks.1", "blocks.2"), balance="memory")
-    assert first.partition.cuts > plan_of(model, 2, balance="memory").partition.cuts
+    told = {"balance": "memory", "schedule": "gpipe"}
+    first = plan_of(model, 2, recompute=lambda name: name in [f"blocks.{number}" for number in range(4)], **told)
+    assert first.partition.cuts > plan_of(model, 2, **told).partition.cuts
     timed = plan_of(model, 2, recompute="full", balance="time")
     assert all(stage.time is not None and stage.time.backward > stage.time.forward for stage in timed.stages)
 
@@ -197,4 +198,6 @@ def test_auto_takes_less_memory_where_units_run_again() -> None:
         return {tried.schedule.name: tried.peak_bytes for tried in choice.tried}
 
     full, none = peaks("full"), peaks("none")
-    assert all(full[name] < none[name] for name in full)
+    # ZB-H2 has every microbatch between its I and W at one time.
+    assert all(full[name] <= none[name] for name in full)
+    assert full["1f1b"] < 0.7 * none["1f1b"]
