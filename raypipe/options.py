@@ -101,8 +101,8 @@ class Options:
             raise TypeError(f"compile is {self.compile!r}, but must be True or False")
         if self.compile and self.recompute != "none":
             raise ValueError(
-                "compile=True goes with recompute='none' alone: compiled code chooses by itself what it computes again; "
-                "leave one of the two out"
+                "compile=True goes with recompute='none' alone, since a second run may take other compiled code than "
+                "the first; leave one of the two out"
             )
         if self.microbatch_weight is not None:
             LossRule.given(self.microbatch_weight)

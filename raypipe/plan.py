@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Plan:
     stages: tuple[StagePlan, ...] = ()
     choice: Choice | None = None
     coverage: Coverage | None = None
-    recomputed: Recomputed = Recomputed()
+    recomputed: Recomputed = field(default_factory=Recomputed)
 
     @property
     def model(self) -> nn.Module:

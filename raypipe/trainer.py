@@ -63,8 +63,8 @@ class PipelineTrainer:
         units: patterns of module names that are never cut.
         example: a batch to plan with in the constructor; None: the first training batch, when it is first needed.
         balance: unit calls for each stage, or ``"flops"``, ``"parameters"``.
-        recompute: ``"full"``: every unit keeps its arguments alone and runs again in its backward, which saves memory and
-            costs a forward; ``recompute(unit_name) -> bool`` chooses units (docs/memory.md).
+        recompute: ``"full"``: every unit keeps its arguments alone and runs again in its backward, for less memory and
+            a forward more; ``recompute(unit_name) -> bool`` chooses units (docs/memory.md).
         compile: ``torch.compile`` every unit, each kind once a rank; on CPUs every node needs a C++ compiler.
         batch_norm: ``"microbatch"`` accepts BatchNorm with a microbatch's own statistics.
         threads: of PyTorch in each rank.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pipes import WIDTH
 from typing import Any
 
 import pytest
 import torch
-from pipes import WIDTH
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from training import batches_of_tokens, gpt

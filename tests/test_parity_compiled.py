@@ -18,8 +18,10 @@ from raypipe.driver.cluster import Session
 adamw = functools.partial(torch.optim.AdamW, lr=1e-2, eps=1e-4)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),  # of the compiler's own imports
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # dynamo asks, and hides it
     pytest.mark.skipif(
-        not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), reason="no C++ compiler; apt-get install g++"
+        not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
+        reason="no C++ compiler; apt-get install g++",
     ),
 ]
 

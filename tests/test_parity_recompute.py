@@ -88,9 +88,7 @@ def test_a_model_that_checkpoints_its_layers_itself() -> None:
     wanted = kept_whole("llama")
     model = model_of("llama")
     model.gradient_checkpointing_enable()  # type: ignore[operator]
-    found = piped(
-        model, batches_of("llama"), 2, microbatches=4, optimizer=adamw, max_grad_norm=0.5, recompute="full"
-    )
+    found = piped(model, batches_of("llama"), 2, microbatches=4, optimizer=adamw, max_grad_norm=0.5, recompute="full")
     assert_bits(found, wanted)
 
 

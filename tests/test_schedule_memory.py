@@ -37,7 +37,9 @@ def test_what_runs_again_comes_on_top_while_it_does() -> None:
     assert peak_bytes_again(halves, (10.0,), (4.0,), (9.0,)) == (48.0,)
     chunks = mine("0F0 1F0 0F1 1F1 1B0 0B0 1B1 0B1", microbatches=2).programs
     assert peak_bytes_again(chunks, (1.0, 10.0), (30.0, 4.0), (0.0, 0.0)) == (42.0,)
-    assert peak_bytes_again(mine("0F0 1F0 1B0 0B0", microbatches=1).forwards(4).programs, (3.0, 5.0), (9.0,) * 2, (9.0,) * 2) == (5.0,)
+    assert peak_bytes_again(
+        mine("0F0 1F0 1B0 0B0", microbatches=1).forwards(4).programs, (3.0, 5.0), (9.0,) * 2, (9.0,) * 2
+    ) == (5.0,)
 
 
 @given(st.sampled_from(EVERY_KIND), st.data())

@@ -67,7 +67,7 @@ def eagerly(unit: nn.Module) -> Iterator[None]:
 
 
 def _call(unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return unit._call_impl(*args, **kwargs)
+    return unit._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def _code_of_its_own(name: str) -> Call:

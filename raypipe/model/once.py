@@ -80,7 +80,7 @@ class Once:
 
 
 def statistics_of(unit: nn.Module) -> list[nn.Module]:
-    """The modules whose buffers a forward in train mode changes but does not read: PyTorch's batch and instance norms."""
+    """PyTorch's batch and instance norms in train mode: they change their buffers, and do not read them."""
     return [norm for norm in _norms(unit) if norm.training and norm.track_running_stats]
 
 

@@ -43,9 +43,7 @@ def check_recompute(recompute: object) -> None:
         raise TypeError(f"recompute is {recompute!r}, but must be {allowed}")
 
 
-def recomputed_units(
-    recompute: str | Callable[[str], bool], recording: Recording, saved: Saved | None
-) -> Recomputed:
+def recomputed_units(recompute: str | Callable[[str], bool], recording: Recording, saved: Saved | None) -> Recomputed:
     """Which units run again.
 
     Args:

@@ -52,10 +52,10 @@ class Within(TorchFunctionMode):
         hidden: is told of a tensor that another unit made and kept to itself, and which unit uses it.
         on_numbers: runs a function for real on stand-ins for its arguments.
 
-    Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments; ``counted``, whether it called a loss
-    function whose denominator must be seen; ``paused``, while the body of a
-    hook runs, which is no part of the unit; ``reads_hidden``, whether it read values that are
-    no arguments; ``normed``, the tensors that norms with running statistics were given.
+    Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments; ``paused``, while the body of a
+    hook runs, which is no part of the unit; ``reads_hidden``, whether it read values that are no arguments;
+    ``counted``, whether it called a loss function whose denominator must be seen; ``normed``, the tensors that norms
+    with running statistics were given.
     """
 
     def __init__(
