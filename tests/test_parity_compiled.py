@@ -37,8 +37,16 @@ def both(model: nn.Module, batches: list[Any], **options: Any) -> tuple[Run, Run
     return piped(model, batches, compile=True, **told), piped(model, batches, **{**told, "backend": "local"})
 
 
-def test_a_gpt_with_dropout() -> None:
-    """Three steps with the masks of eager dropout; two lengths; an evaluation in between and at the end."""
+def test_one_kind_of_unit_with_dropout() -> None:
+    """Two equal units, three steps, the masks of eager dropout."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.3)) for _ in range(2)))
+    batches = [(torch.rand(8, 8), torch.rand(8, 8)) for _ in range(3)]
+    assert_close(*both(model, batches, stages=1, units=["*"], loss=nn.functional.mse_loss))
+
+
+@pytest.mark.slow
+def test_a_gpt_with_dropout_two_lengths_and_evaluation() -> None:
     model, told = gpt(layers=2, dropout=0.1), {"microbatches": 2, "optimizer": adamw}
     batches = [*batches_of_tokens(2), *batches_of_tokens(1, length=9)]
     valid = batches_of_tokens(1, seed=5)
