@@ -99,11 +99,6 @@ class Options:
         check_recompute(self.recompute)
         if not isinstance(self.compile, bool):
             raise TypeError(f"compile is {self.compile!r}, but must be True or False")
-        if self.compile and self.recompute != "none":
-            raise ValueError(
-                "compile=True goes with recompute='none' alone, since a second run may take other compiled code than "
-                "the first; leave one of the two out"
-            )
         if self.microbatch_weight is not None:
             LossRule.given(self.microbatch_weight)
         if self.units is not None and (isinstance(self.units, str) or not all(isinstance(u, str) for u in self.units)):

@@ -80,7 +80,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     twin = Twin(skeleton.model, options.units)
     changes = Changes(twin.model)
     recording, saved = observed(twin, caller, microbatches[0].batch, training=training)
-    recomputed = recomputed_units(options.recompute, recording, saved)
+    recomputed = recomputed_units(options.recompute, recording, saved, compiled=options.compile)
     charge(recording, recomputed)
     times = None
     if options.balance == "time" or isinstance(options.schedule, Auto):

@@ -121,6 +121,14 @@ def test_running_statistics_of_ones_own() -> None:
     assert found(nn.Sequential(Own(), Own())).whole == dict.fromkeys("01", "changes its buffer mean")
 
 
+def test_compiled_units_cannot_do_all_that_eager_ones_can() -> None:
+    for way, model in (("a plain block", nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh())), ("with norm", Mlp())):
+        recording, saved = looked_at(nn.Sequential(model, Chain("")), (torch.rand(4, WIDTH), torch.rand(4, 8)))
+        names = [name for name in recording.names if name.startswith("0")]
+        made = recomputed_units(lambda name: name.startswith("0"), recording, saved, compiled=True)
+        assert ("running statistics" in str(made.whole)) == (way == "with norm"), names
+
+
 def test_what_torch_func_hides_is_left_whole() -> None:
     class Slope(nn.Module):
         def __init__(self) -> None:

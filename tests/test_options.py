@@ -75,5 +75,3 @@ def test_compile_and_recompute() -> None:
         Options(2, compile=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="recompute is 'half', but must be 'none', 'full', or a callable"):
         Options(2, recompute="half")
-    with pytest.raises(ValueError, match="compile=True goes with recompute='none' alone"):
-        Options(2, recompute="full", compile=True)

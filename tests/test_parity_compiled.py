@@ -71,6 +71,20 @@ def test_models_and_schedules(name: str, schedule: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_compiled_units_that_run_again(name: str) -> None:
+    if name == "gpt":
+        model, batches = gpt(layers=4, dropout=0.1), batches_of_tokens(3)
+    else:
+        model = FAMILIES[name].build(dropout=0.1, use_cache=False)
+        batches = [FAMILIES[name].batch(8, seed=seed) for seed in range(3)]
+    told: dict[str, Any] = {"compile": True, "recompute": "full"}
+    with trainer_of(model, 2, example=batches[0], microbatches=2, **told) as trainer:
+        assert len(trainer.plan().recomputed.units) >= 4
+    assert_close(*both(model, batches, recompute="full"))
+
+
+@pytest.mark.slow
 @pytest.mark.ray
 def test_over_ray(ray_session: Session) -> None:
     assert_close(*both(gpt(layers=2, dropout=0.1), batches_of_tokens(3), backend="ray"))

@@ -10,26 +10,30 @@ from __future__ import annotations
 import functools
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from raypipe.errors import ResourcesError
+from raypipe.model.husk import Husk
 from raypipe.model.split_backward import SplitCalls
 
-__all__ = ["compile_units", "eagerly"]
+__all__ = ["compile_units", "compiled_again", "eagerly"]
 
 _OPTIONS = {"fallback_random": True}
 """Compiled dropout draws as eager dropout does, from the generator that the unit's seed went to."""
 
+_AGAIN = "_raypipe_compiled_again"
+
 Call = Callable[..., Any]
 
 
-def compile_units(units: Mapping[str, nn.Module]) -> None:
+def compile_units(units: Mapping[str, nn.Module], again: Collection[str] = ()) -> None:
     """Makes the calls of these modules compiled, from their next one on.
 
     A kind of unit compiles anew for train and eval mode and for sizes that changed, which then are dynamic; at most
@@ -37,7 +41,8 @@ def compile_units(units: Mapping[str, nn.Module]) -> None:
     another unit is left as it is.
 
     Args:
-        units: by name; on a CPU.
+        units: by name.
+        again: names of those that may also run so that they run again in their backward (see ``compiled_again``).
 
     Raises:
         ResourcesError: this machine has no C++ compiler.
@@ -45,14 +50,22 @@ def compile_units(units: Mapping[str, nn.Module]) -> None:
     _refuse_without_compiler(units)
     known = {id(unit) for unit in units.values()}
     made: dict[Any, Call] = {}
-    for unit in units.values():
+    for name, unit in units.items():
         if any(id(module) in known for module in unit.modules() if module is not unit):
             continue
-        kind = _kind(unit)
-        if kind not in made:
-            made[kind] = torch.compile(_code_of_its_own(f"{type(unit).__name__}_{len(made)}"), options=dict(_OPTIONS))
-        # Where ``nn.Module.compile`` puts its own.
-        unit._compiled_call_impl = functools.partial(_out_of_sight, made[kind], unit)
+        # The first where ``nn.Module.compile`` puts its own.
+        vars(unit)["_compiled_call_impl"] = functools.partial(_out_of_sight, _made(_call, unit, made), unit)
+        if name in again:
+            vars(unit)[_AGAIN] = functools.partial(_out_of_sight, _made(_call_again, unit, made), unit)
+
+
+def compiled_again(unit: nn.Module) -> Call | None:
+    """The unit's compiled call that keeps its arguments alone and runs again in its backward, or None.
+
+    The checkpoint is inside of the compiled code, so the compiled variant that ran first is the one that runs again.
+    What it draws it draws again, by states of the generator that it keeps.
+    """
+    return vars(unit).get(_AGAIN)
 
 
 @contextmanager
@@ -70,9 +83,21 @@ def _call(unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return unit._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def _code_of_its_own(name: str) -> Call:
-    """Dynamo keeps what it compiled, and counts how often, by code object: kinds must not use up each other's."""
-    return FunctionType(_call.__code__.replace(co_name=name, co_qualname=name), globals(), name)
+def _call_again(unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(unit._call_impl, *args, use_reentrant=False, **kwargs)
+
+
+def _made(call: Call, unit: nn.Module, made: dict[Any, Call]) -> Call:
+    """The compiled call for a unit's kind.
+
+    Dynamo keeps what it compiled, and counts how often, by code object: kinds must not use up each other's.
+    """
+    kind = (call, _kind(unit))
+    if kind not in made:
+        name = f"{type(unit).__name__}_{len(made)}"
+        own = FunctionType(call.__code__.replace(co_name=name, co_qualname=name), globals(), name)
+        made[kind] = torch.compile(own, options=dict(_OPTIONS))
+    return made[kind]
 
 
 def _out_of_sight(compiled: Call, unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +122,8 @@ def _refuse_without_compiler(units: Mapping[str, nn.Module]) -> None:
     from torch._inductor import config
 
     wanted = [name for name in config.cpp.cxx if name]
-    on_cpu = any(p.device.type == "cpu" for unit in units.values() for p in unit.parameters())
+    held = [p for unit in units.values() for p in unit.parameters() if not isinstance(p, Husk)]
+    on_cpu = any(p.device.type == "cpu" for p in held)
     if on_cpu and not any(map(shutil.which, wanted)):
         raise ResourcesError(
             f"compile=True needs a C++ compiler on every node, and {socket.gethostname()} has no "

@@ -119,6 +119,7 @@ class Event:
         left: what the unit left behind without returning it.
         guessed: whether its shapes depend on data, and are those for stand-ins of zeros.
         once: why the unit call must not run a second time in the backward, or ``""`` (see ``model.once``).
+        eagerly: whether only eager code could run it again.
         counted: whether the unit calls a loss function whose denominator must be seen (see ``model.denominators``).
     """
 
@@ -138,6 +139,7 @@ class Event:
     left: tuple[Left, ...] = ()
     guessed: bool = False
     once: str = ""
+    eagerly: bool = False
     counted: bool = False
 
     @property

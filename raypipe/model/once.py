@@ -27,6 +27,9 @@ class Once:
     Args:
         unit: that will be called.
         arguments: positional and keyword arguments.
+
+    Attributes: ``eagerly``, whether a second run needs what compiled code cannot do: an object as it was before,
+    running statistics kept apart.
     """
 
     def __init__(self, unit: nn.Module, arguments: Any) -> None:
@@ -35,6 +38,8 @@ class Once:
         self._copies = all(_can_be_copied(leaf) for _, leaf in leaves_in(arguments))
         self._buffers = {name: (buffer, buffer._version) for name, buffer in unit.named_buffers()}
         self._attributes = dict(_attributes(unit))
+        objects = any(not isinstance(leaf, (*PLAIN, Tensor)) for _, leaf in leaves_in(arguments))
+        self.eagerly = objects or bool(statistics_of(unit))
 
     def why(
         self,

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from raypipe.model.compiled import compiled_again
 from raypipe.model.once import copied, statistics_of
 from raypipe.model.seeds import run_under
+from raypipe.model.trees import PLAIN
 
 __all__ = ["recomputed"]
 
@@ -36,6 +38,8 @@ def recomputed(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     The generators' states are not kept: the link makes them anew, and what a unit draws depends on nothing else.
     PyTorch's own way (``preserve_rng_state``) would restore the same numbers at the cost of a copy for each call.
 
+    A compiled unit has its checkpoint inside of the compiled code.
+
     Args:
         call: a unit's, bound to it.
         args: its arguments. Tensors are kept as autograd keeps them, so one that is changed in place before the
@@ -44,6 +48,10 @@ def recomputed(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     """
     unit: nn.Module = call.__self__  # type: ignore[attr-defined]
     leaves, tree = pytree.tree_flatten((args, dict(kwargs)))
+    compiled = compiled_again(unit)
+    if compiled is not None:
+        objects = any(not isinstance(leaf, (*PLAIN, Tensor)) for leaf in leaves)
+        return call(*args, **kwargs) if objects else compiled(*args, **kwargs)
     tensors: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
     places = {name: _Place(number) for number, name in enumerate(tensors)}  # one tensor given twice stays one
     others = [places[id(leaf)] if isinstance(leaf, Tensor) else copied(leaf) for leaf in leaves]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from raypipe.model.recording import Recording
@@ -43,35 +43,46 @@ def check_recompute(recompute: object) -> None:
         raise TypeError(f"recompute is {recompute!r}, but must be {allowed}")
 
 
-def recomputed_units(recompute: str | Callable[[str], bool], recording: Recording, saved: Saved | None) -> Recomputed:
+def recomputed_units(
+    recompute: str | Callable[[str], bool], recording: Recording, saved: Saved | None, *, compiled: bool = False
+) -> Recomputed:
     """Which units run again.
 
     Args:
         recompute: the argument of the trainer.
         recording: of one microbatch.
         saved: what its backward needs; None where nothing is trained.
+        compiled: whether units are compiled.
 
     Raises:
         TypeError: ``recompute`` answered with something else than True or False.
     """
     if recompute == "none" or saved is None:
         return Recomputed()
-    if not saved.by_event:
-        reason = "uses torch.func, which refuses to be watched for what it saves"
-        return Recomputed((), {name: reason for name in dict.fromkeys(recording.names) if _chosen(recompute, name)})
     units, whole = [], {}
     for name in dict.fromkeys(recording.names):
-        calls = [number for number in recording.calls if recording.events[number].name == name]
-        if not _chosen(recompute, name):
-            continue
-        reason = next(filter(None, map(recording.once, calls)), "")
-        if reason:
-            whole[name] = reason
-        elif any(saved.beside_arguments(number) for number in calls):
-            units.append(name)
-        else:
-            whole[name] = "saves no more than its arguments"
+        if _chosen(recompute, name):
+            calls = [number for number in recording.calls if recording.events[number].name == name]
+            reason = _why_whole(calls, recording, saved, compiled)
+            if reason:
+                whole[name] = reason
+            else:
+                units.append(name)
     return Recomputed(tuple(units), whole)
+
+
+def _why_whole(calls: Sequence[int], recording: Recording, saved: Saved, compiled: bool) -> str:
+    """Why a unit with these calls is left whole, or ``""``."""
+    if not saved.by_event:
+        return "is of a model with torch.func, which refuses to be watched for what it saves"
+    reason = next(filter(None, map(recording.once, calls)), "")
+    if reason:
+        return reason
+    if compiled and any(recording.events[number].eagerly or recording.events[number].counted for number in calls):
+        return "gets an object, has running statistics or a loss in it, which is for eager code"
+    if not any(saved.beside_arguments(number) for number in calls):
+        return "saves no more than its arguments"
+    return ""
 
 
 def charge(recording: Recording, recomputed: Recomputed) -> None:

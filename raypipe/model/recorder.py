@@ -136,7 +136,8 @@ class Recorder(Watch):
         what = Happening(name, self.calls - 1, counter, where)
         self.ledger.add(what, sources, traffic.inputs, changed, result, event, (tuple(traffic.plays), left))
         why = once.why(bool(changed), bool(left), within.reads_hidden, where.region is not None, within.normed)
-        self.recording.events[event] = replace(self.recording.events[event], once=why, counted=within.counted)
+        added = self.recording.events[event]
+        self.recording.events[event] = replace(added, once=why, eagerly=once.eagerly, counted=within.counted)
         return result
 
     def _hear(

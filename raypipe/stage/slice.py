@@ -80,7 +80,7 @@ class Slice:
         units = find_units(self.model, patterns)
         self._switch = install(units)
         if compiled:
-            compile_units(units)
+            compile_units(units, self._recompute)
         named = dict(self.model.named_parameters())
         self._trainable = {name for name, parameter in self._twin.model.named_parameters() if parameter.requires_grad}
         self._names = {id(parameter): name for name, parameter in named.items()}
