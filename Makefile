@@ -6,6 +6,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.bench
+# torch.compile on a CPU needs a C++ compiler; taken from Debian where this is root there.
+GET_GXX := { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get install -y -qq g++ >/dev/null 2>&1 || \
+	{ apt-get update -qq && apt-get install -y -qq g++; } >/dev/null 2>&1; }; }
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check bench
@@ -26,6 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch==2.13.0
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,hf]'
+	@command -v g++ >/dev/null || $(GET_GXX) || echo "There is no g++, so the tests of compile=True will be skipped."
 	@touch $(READY)
 
 demo: setup ## train a byte-level GPT over four stages

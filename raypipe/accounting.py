@@ -26,8 +26,8 @@ from raypipe.model.seeds import kept_state
 from raypipe.model.twin import Twin
 from raypipe.options import Options
 from raypipe.schedule import Costs, Op, Schedule
-from raypipe.schedule.memory import peak_bytes, peak_in_flight
 from raypipe.stage.holders import largest_part
+from raypipe.schedule.memory import peak_bytes, peak_bytes_again, peak_in_flight
 from raypipe.stage.inbox import AHEAD
 from raypipe.stage.state_bytes import state_bytes
 
@@ -55,6 +55,7 @@ class StagePlan:
         backward_flops: of one microbatch.
         sends_bytes: of the values that one microbatch sends to the next stage.
         time: measured seconds of one microbatch, with ``balance="time"``; else None.
+        recompute_bytes: what comes to the peak of activations where units run again in their backward.
     """
 
     stage: int
@@ -71,12 +72,13 @@ class StagePlan:
     backward_flops: int
     sends_bytes: int
     time: CallTime | None = None
+    recompute_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it at the peak; what an action needs only while it runs, and the process itself, come on top."""
         own = self.weights_bytes + self.gradients_bytes + (self.optimizer_bytes or 0)
-        return own + self.peak_activations_bytes + self.received_bytes
+        return own + self.peak_activations_bytes + self.recompute_bytes + self.received_bytes
 
 
 def observed(twin: Twin, caller: Caller, batch: Any, *, training: bool) -> tuple[Recording, Saved | None]:
@@ -115,9 +117,17 @@ def _observed(twin: Twin, caller: Caller, batch: Any, saved: Saved | None) -> tu
 
 
 def sizes_of(
-    skeleton: Skeleton, twin: Twin, recording: Recording, saved: Saved | None, options: Options
+    skeleton: Skeleton,
+    twin: Twin,
+    recording: Recording,
+    saved: Saved | None,
+    options: Options,
+    again: frozenset[int] = frozenset(),
 ) -> tuple[Sizes, bool]:
-    """What the sizes of chunks are made of, and whether the optimizer's state is known."""
+    """What the sizes of chunks are made of, and whether the optimizer's state is known.
+
+    ``again`` are the events of unit calls that run again in their backward.
+    """
     parameters, buffers = names_of(skeleton.model)
     trained = {name: p for name, p in parameters.items() if p.requires_grad and saved is not None}
     state = state_bytes(options.optimizer, trained)
@@ -130,7 +140,7 @@ def sizes_of(
     inside = {name for names in skeleton.unit_buffers.values() for name in names}
     units = {unit: sum(_bytes(buffers[name]) for name in names) for unit, names in skeleton.unit_buffers.items()}
     loose = sum(_bytes(buffer) for name, buffer in buffers.items() if name not in inside)
-    return Sizes(recording, saved, twin.unit_parameters, by_name, units, loose), state is not None
+    return Sizes(recording, saved, twin.unit_parameters, by_name, units, loose, again), state is not None
 
 
 def in_flight(schedule: Schedule) -> tuple[int, ...]:
@@ -164,6 +174,9 @@ def stage_plans(
     held = [list(windows_from(sizes, a))[b - a - 1] for a, b in pairwise(edges)]
     flights = in_flight(schedule)
     kept = peak_bytes(schedule.programs, [each.activations for each in held])
+    with_again = peak_bytes_again(
+        schedule.programs, [h.activations for h in held], [h.again for h in held], [h.redone for h in held]
+    )
     made = []
     for stage, at_once in enumerate(peak_in_flight(schedule.programs)):
         own = [number for number in range(schedule.chunks) if schedule.stage_of(number) == stage]
@@ -190,6 +203,7 @@ def stage_plans(
                 sum(chunk.backward_flops for chunk in chunks),
                 sum(chunk.boundary_bytes for chunk in chunks),
                 sum(times, CallTime(0.0, 0.0)) if times else None,
+                int(with_again[stage] - kept[stage]),
             )
         )
     return tuple(made)

@@ -31,6 +31,7 @@ class Cutter:
         saved: what its backward needs, or None where nothing is trained.
         options: of the trainer.
         times: of each unit call, where they were measured.
+        again: the events of unit calls that run again in their backward.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Cutter:
         saved: Saved | None,
         options: Options,
         times: Sequence[CallTime] | None,
+        again: frozenset[int] = frozenset(),
     ) -> None:
         self._twin, self._recording, self._options, self._times = twin, recording, options, times
         self._counts = {name: p.numel() for name, p in names_of(skeleton.model)[0].items()}
-        self._sizes, self._state_known = sizes_of(skeleton, twin, recording, saved, options)
+        self._sizes, self._state_known = sizes_of(skeleton, twin, recording, saved, options, again)
 
     def __call__(self, schedule: Schedule) -> tuple[Partition, tuple[StagePlan, ...]]:
         """The cut for a schedule, and its stages.

@@ -13,6 +13,7 @@ from raypipe.data import Source, open_source
 from raypipe.data.adapters import OnceSource
 from raypipe.driver.resources import check_resources
 from raypipe.model.partition import check_balance
+from raypipe.model.recomputing import check_recompute
 from raypipe.model.weights import LossRule
 from raypipe.schedule import Auto, Schedule, chunks_of, names
 from raypipe.schedule.maker import ScheduleMaker
@@ -31,8 +32,6 @@ NOT_YET: Mapping[str, Any] = {
     "tensor_parallel": 1,
     "tensor_parallel_plan": None,
     "precision": "fp32",
-    "recompute": "none",
-    "compile": False,
     "checkpoint_every": None,
     "snapshot_every": None,
     "elastic": False,
@@ -62,6 +61,8 @@ class Options:
     batch_dims: Any = None
     units: Sequence[str] | None = None
     balance: str | Sequence[int] = "flops"
+    recompute: str | Callable[[str], bool] = "none"
+    compile: bool = False
     batch_norm: str | None = None
     threads: int | None = None
     data_parallel: int = 1
@@ -97,6 +98,9 @@ class Options:
         self._check_schedule()
         self._check_resources()
         check_balance(self.balance)
+        check_recompute(self.recompute)
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile is {self.compile!r}, but must be True or False")
         if self.microbatch_weight is not None:
             LossRule.given(self.microbatch_weight)
         if self.units is not None and (isinstance(self.units, str) or not all(isinstance(u, str) for u in self.units)):

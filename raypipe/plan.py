@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from raypipe.model.husk import names_of
 from raypipe.model.microbatch import BatchLayout, LayoutCache
 from raypipe.model.origin import Origin
 from raypipe.model.partition import Chunk, Partition
+from raypipe.model.recomputing import Recomputed
 from raypipe.model.split_coverage import Coverage
 from raypipe.model.weights import LossRule
 from raypipe.options import Options
@@ -53,6 +54,7 @@ class Plan:
         choice: why the schedule is this one, where it was to be chosen.
         coverage: which weights' gradients wait, where the schedule has backwards in halves.
         changed: names of the buffers that a forward in train mode changes.
+        recomputed: which units run again in their backward.
     """
 
     topology: Topology
@@ -70,6 +72,7 @@ class Plan:
     choice: Choice | None = None
     coverage: Coverage | None = None
     changed: tuple[str, ...] = ()
+    recomputed: Recomputed = field(default_factory=Recomputed)
 
     @property
     def model(self) -> nn.Module:
@@ -136,6 +139,8 @@ class Plan:
             seed=options.seed,
             threads=options.threads or 1,
             shard=options.shard,
+            recompute=self.recomputed.units,
+            compiled=options.compile,
         )
 
     def build_of(self, rank: int) -> Callable[[], StageWorker]:

@@ -30,6 +30,7 @@ from raypipe.model.microbatch import BatchLayout, find_layout
 from raypipe.model.origin import Origin, origin_of
 from raypipe.model.pretrained import Pretrained
 from raypipe.model.probe import confirm, find_rule, probe
+from raypipe.model.recomputing import Recomputed, charge, recomputed_units
 from raypipe.model.recording import Recording
 from raypipe.model.split_coverage import Coverage, coverage
 from raypipe.model.streamed import streaming
@@ -82,10 +83,12 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     twin = Twin(skeleton.model, options.units)
     changes = Changes(twin.model)
     recording, saved = observed(twin, caller, microbatches[0].batch, training=training)
+    recomputed = recomputed_units(options.recompute, recording, saved, compiled=options.compile)
+    charge(recording, recomputed)
     times = None
     if options.balance == "time" or isinstance(options.schedule, Auto):
-        times = _times(origin, skeleton, caller, microbatches[0].batch, recording, options, training)
-    cutter = Cutter(skeleton, twin, recording, saved, options, times)
+        times = _times(origin, skeleton, caller, microbatches[0].batch, recording, options, training, recomputed)
+    cutter = Cutter(skeleton, twin, recording, saved, options, times, recomputed.events(recording))
     options, choice = chosen(options, len(microbatches), cutter)
     schedule = options.make_schedule(len(microbatches))
     cut, stages = cutter(schedule)
@@ -109,6 +112,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         choice,
         _coverage(twin, caller, microbatches[0].batch) if training and schedule.in_halves else None,
         changed,
+        recomputed,
     )
     if training:
         _try_optimizers(plan)
@@ -129,9 +133,11 @@ def _times(
     recording: Recording,
     options: Options,
     training: bool,
+    recomputed: Recomputed,
 ) -> tuple[CallTime, ...]:
     """Each unit call's time on one microbatch; of a model without weights, each kind of unit gets its own for that."""
     told: dict[str, Any] = {"training": training, "halves": training and isinstance(options.schedule, Auto)}
+    told["again"] = recomputed.units
     if origin.is_whole:
         running = runnable_copy(origin.model, training)
     else:

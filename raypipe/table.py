@@ -14,6 +14,7 @@ from raypipe.stage.share import share_sizes
 if TYPE_CHECKING:
     from raypipe.accounting import StagePlan
     from raypipe.model.partition import Chunk
+    from raypipe.model.recomputing import Recomputed
     from raypipe.model.split_coverage import Coverage
     from raypipe.plan import Plan
 
@@ -41,6 +42,8 @@ def plan_table(plan: Plan) -> str:
     lines.append(f"{plan.schedule.headline()} of {samples} samples; predicted bubble {simulated.bubble:.1%}")
     if plan.coverage is not None:
         lines.append(textwrap.fill(_halves(plan.coverage, plan.partition.chunks), _WIDTH))
+    if plan.recomputed.units or plan.recomputed.whole:
+        lines.append(textwrap.fill(_again(plan.recomputed), _WIDTH))
     if plan.choice is not None:
         lines += ["chosen among", *(f"  {line}" for line in str(plan.choice).splitlines())]
     lines.append(
@@ -89,12 +92,13 @@ def _bytes(plan: Plan) -> list[Sequence[str]]:
 def _bytes_of(stage: StagePlan, chunks: int) -> Sequence[str]:
     alike = stage.peak_in_flight * stage.activations_bytes == stage.peak_activations_bytes
     flight = f"{stage.peak_in_flight}{f' x {short(stage.activations_bytes)}B' if alike else f' in {chunks} chunks'}"
+    more = f" + {short(stage.recompute_bytes)}B run again" if stage.recompute_bytes else ""
     return (
         str(stage.stage),
         f"{short(stage.weights_bytes)}B",
         f"{short(stage.gradients_bytes)}B",
         "unknown" if stage.optimizer_bytes is None else f"{short(stage.optimizer_bytes)}B",
-        f"{flight} = {short(stage.peak_activations_bytes)}B",
+        f"{flight} = {short(stage.peak_activations_bytes)}B{more}",
         f"{short(stage.received_bytes)}B",
         f"{short(stage.total_bytes)}B",
     )
@@ -113,6 +117,16 @@ def _halves(found: Coverage, chunks: Sequence[Chunk]) -> str:
     listed = [f"{unit} ({', '.join(functions)})" for unit, functions in kept.items()]
     more = f", and {len(listed) - 4} more" if len(listed) > 4 else ""
     return f"{text}; the rest is computed in I, in {', '.join(listed[:4])}{more}"
+
+
+def _again(recomputed: Recomputed) -> str:
+    """Which units run again, and which do not and why."""
+    text = f"recompute: {_span(recomputed.units) if recomputed.units else 'no unit'} in the backward"
+    reasons: dict[str, list[str]] = {}
+    for name, reason in recomputed.whole.items():
+        reasons.setdefault(reason, []).append(name)
+    left = [f"{_span(names)} ({reason})" for reason, names in reasons.items()]
+    return f"{text}; left whole: {'; '.join(left)}" if left else text
 
 
 def _units(plan: Plan, stage: StagePlan) -> str:

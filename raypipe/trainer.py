@@ -63,6 +63,9 @@ class PipelineTrainer:
         units: patterns of module names that are never cut.
         example: a batch to plan with in the constructor; None: the first training batch, when it is first needed.
         balance: unit calls for each stage, or ``"flops"``, ``"parameters"``.
+        recompute: ``"full"``: every unit keeps its arguments alone and runs again in its backward, for less memory and
+            a forward more; ``recompute(unit_name) -> bool`` chooses units (docs/memory.md).
+        compile: ``torch.compile`` every unit, each kind once a rank; on CPUs every node needs a C++ compiler.
         batch_norm: ``"microbatch"`` accepts BatchNorm with a microbatch's own statistics.
         data_parallel: copies of the whole pipeline; each batch is split among them by sample.
         shard: what the copies share out: ``"optimizer"`` (ZeRO-1: each keeps and steps the state of a part), or None.
@@ -102,6 +105,8 @@ class PipelineTrainer:
         units: Sequence[str] | None = None,
         example: Any = None,
         balance: str | Sequence[int] = "flops",
+        recompute: str | Callable[[str], bool] = "none",
+        compile: bool = False,
         batch_norm: str | None = None,
         data_parallel: int = 1,
         shard: str | None = None,
@@ -132,6 +137,8 @@ class PipelineTrainer:
             batch_dims=batch_dims,
             units=units,
             balance=balance,
+            recompute=recompute,
+            compile=compile,
             batch_norm=batch_norm,
             data_parallel=data_parallel,
             shard=shard,

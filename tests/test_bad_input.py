@@ -99,8 +99,6 @@ LATER = {
     "tensor_parallel": 2,
     "tensor_parallel_plan": {"*": None},
     "precision": "bf16",
-    "recompute": "full",
-    "compile": True,
     "checkpoint_every": 100,
     "snapshot_every": 10,
     "elastic": True,

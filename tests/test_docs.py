@@ -1,4 +1,4 @@
-"""The Python of docs/models.md and README.md runs, and prints what stands below it."""
+"""The Python of docs/models.md, docs/memory.md and README.md runs, and prints what stands below it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def test_models_md_is_true() -> None:
             assert printed.split() == text.split()
             compared += 1
     assert compared > 10
+
+
+def test_memory_md_is_true() -> None:
+    torch.manual_seed(0)
+    (_, code), (_, text) = blocks("docs/memory.md")
+    assert run(code, {"__name__": "memory"}, "/0/memory.md", "memory.md").split() == text.split()
 
 
 def test_a_wrong_line_would_be_seen() -> None:

@@ -38,6 +38,17 @@ class Outer(nn.Linear):
         return super().forward(self.inner[0](x) * 2)
 
 
+def test_units_of_one_class_share_a_subclass() -> None:
+    """So that what is compiled for one fits the other; each still has its own name."""
+    one, other, bias = nn.Linear(2, 2), nn.Linear(2, 2), nn.LayerNorm(2)
+    switch = install({"one": one, "other": other, "norm": bias})
+    assert type(one) is type(other) is not nn.Linear
+    assert type(bias).__mro__[1] is nn.LayerNorm
+    with switch.on(log := Log({})):
+        other(bias(one(torch.ones(1, 2))))
+    assert log.seen == ["unit one", "unit norm", "unit other"]
+
+
 def test_what_is_seen_and_what_is_not() -> None:
     inner, outer = nn.Linear(2, 2), Outer(2, 2)
     outer.inner = [inner]

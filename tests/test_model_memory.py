@@ -62,6 +62,27 @@ def test_what_is_received_and_sent_is_kept_for_the_backward() -> None:
     assert next(windows_from(sizes, 1)) == Bytes(32, 32, 2 * 32 + 4, 2 * message, 2 * message)
 
 
+def test_a_unit_that_runs_again_keeps_its_arguments() -> None:
+    """And what it saves counts once, for the largest."""
+    skeleton = make_skeleton(gpt(layers=3))
+    twin = Twin(skeleton.model)
+    recording, saved = observed(twin, Caller(), batches_of_tokens(1, samples=2)[0], training=True)
+    assert saved is not None
+    blocks = [number for number in recording.calls if recording.events[number].name.startswith("blocks")]
+    whole, _ = sizes_of(skeleton, twin, recording, saved, Options(3))
+    again, _ = sizes_of(skeleton, twin, recording, saved, Options(3), frozenset(blocks))
+    # From the first block on, one, two and three of them; the next one's argument is what a chunk sends.
+    x, own = 2 * 12 * 16 * 4, saved.beside_arguments(blocks[0])
+    for count, (one, other) in enumerate(zip(windows_from(again, 2), windows_from(whole, 2), strict=False), 1):
+        if count <= 3:
+            assert (one.again, one.redone) == (own, count * own)
+            assert one.activations == (count + 1) * x
+            assert one.total(5, 2) == one.total(4, 2) + one.activations
+        assert one.activations < other.activations
+        assert (other.again, other.redone) == (0, 0)
+    assert own > 10 * x
+
+
 def test_in_flight() -> None:
     assert in_flight(build("1f1b", 3, 8)) == (3, 2, 1)
     assert in_flight(build("gpipe", 3, 8)) == (8, 8, 8)

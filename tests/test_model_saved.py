@@ -116,6 +116,20 @@ def test_a_mask_that_all_units_get_counts_once() -> None:
     assert pieces == {next(iter(pieces)): 4 * 8 * 4}
 
 
+def test_what_a_unit_is_given_is_told_from_what_it_makes() -> None:
+    model = gpt()
+    recording, saved = observed(Twin(make_skeleton(model).model), Caller(), batches_of_tokens(1)[0], training=True)
+    assert saved is not None
+    tokens, position, *blocks, norm, head = recording.calls
+    x = 8 * 12 * 16 * 4
+    assert sum(saved.arguments[tokens].values()) == 8 * 12 * 8
+    assert sum(saved.arguments[position].values()) == 12 * 8
+    assert [sum(saved.arguments[number].values()) for number in (*blocks, norm, head)] == [x] * 5
+    assert [saved.beside_arguments(number) for number in (tokens, position, head)] == [0, 0, 0]
+    assert saved.beside_arguments(norm) == 2 * 8 * 12 * 4  # means and deviations
+    assert len({saved.beside_arguments(number) for number in blocks}) == 1
+
+
 def test_a_model_whose_transforms_refuse_hooks_can_still_be_planned() -> None:
     class Slope(nn.Module):
         def __init__(self) -> None:

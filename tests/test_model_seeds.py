@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from raypipe.model.seeds import Seeds, kept_state, pass_by, run_keyed
+from raypipe.model.seeds import Seeds, kept_state, pass_by, run_keyed, run_under
 
 
 def test_what_is_drawn_does_not_depend_on_what_ran_before() -> None:
@@ -40,3 +40,18 @@ def test_the_callers_state_is_kept() -> None:
     with kept_state():
         Seeds(0, 0, 0).start()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_link_can_be_run_under_once_more() -> None:
+    Seeds(0, 0, 0).start()
+    links: list[int] = []
+
+    def draw() -> torch.Tensor:
+        links.append(torch.default_generator.initial_seed())
+        return torch.rand(3)
+
+    first = run_keyed(draw)
+    state = torch.get_rng_state()
+    assert torch.equal(run_under(links[0], draw), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert links[0] == links[1]

@@ -67,3 +67,11 @@ def test_sources_are_opened_once() -> None:
     sources = opened_sources({"train": [1], "valid": [2]}, evaluate_every=3)
     assert list(sources) == ["train", "valid"]
     assert opened_sources(None, None) == {}
+
+
+def test_compile_and_recompute() -> None:
+    assert Options(2, recompute="full").compile is False
+    with pytest.raises(TypeError, match="compile is 1, but must be True or False"):
+        Options(2, compile=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="recompute is 'half', but must be 'none', 'full', or a callable"):
+        Options(2, recompute="half")

@@ -159,3 +159,45 @@ def test_a_callable_is_planned_as_what_it_builds(name: str) -> None:
         assert promised.stages == given.stages
         assert (promised.partition, promised.rule) == (given.partition, given.rule)
         assert str(promised) == str(given)
+
+
+def test_a_plan_with_units_that_run_again() -> None:
+    whole, again = plan_of(gpt(layers=6), 2), plan_of(gpt(layers=6), 2, recompute="full")
+    for one, other in zip(again.stages, whole.stages, strict=True):
+        assert one.activations_bytes < 0.5 * other.activations_bytes
+        assert 0 < one.recompute_bytes < other.peak_activations_bytes
+        assert one.total_bytes < other.total_bytes
+        assert one.backward_flops > other.backward_flops
+        assert one.forward_flops == other.forward_flops
+        assert one.backward_flops < other.backward_flops + one.forward_flops + 1
+    text = " ".join(str(again).split())
+    assert "recompute: blocks.0 .. norm (7) in the backward; left whole: embedding .. head (3)" in text
+    assert "run again" in text
+    assert "recompute" not in str(whole)
+
+
+def test_a_choice_of_units_is_asked_by_name() -> None:
+    plan = plan_of(gpt(), 2, recompute=lambda name: name == "blocks.1")
+    assert plan.recomputed.units == plan.spec().recompute == ("blocks.1",)
+    assert "recompute: blocks.1 in the backward" in str(plan)
+
+
+def test_memory_and_times_follow_what_runs_again() -> None:
+    model = gpt(layers=6)
+    told = {"balance": "memory", "schedule": "gpipe"}
+    first = plan_of(model, 2, recompute=lambda name: name in [f"blocks.{number}" for number in range(4)], **told)
+    assert first.partition.cuts > plan_of(model, 2, **told).partition.cuts
+    timed = plan_of(model, 2, recompute="full", balance="time")
+    assert all(stage.time is not None and stage.time.backward > stage.time.forward for stage in timed.stages)
+
+
+def test_auto_takes_less_memory_where_units_run_again() -> None:
+    def peaks(recompute: str) -> dict[str, float]:
+        choice = plan_of(gpt(layers=6), 2, schedule="auto", recompute=recompute).choice
+        assert choice is not None
+        return {tried.schedule.name: tried.peak_bytes for tried in choice.tried}
+
+    full, none = peaks("full"), peaks("none")
+    # ZB-H2 has every microbatch between its I and W at one time.
+    assert all(full[name] <= none[name] for name in full)
+    assert full["1f1b"] < 0.7 * none["1f1b"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Denominators"]
+__all__ = ["Denominators", "is_counted"]
 
 
 class Denominators(TorchFunctionMode):
@@ -55,6 +55,11 @@ class Denominators(TorchFunctionMode):
     def values(self) -> tuple[float, ...]:
         """What each loss function averaged over, in the order in which they ran."""
         return tuple(float(count) for count in self._seen)
+
+
+def is_counted(func: Any) -> bool:
+    """Whether this is a function that ``Denominators`` looks for."""
+    return func in _COUNTED
 
 
 def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,9 @@ class Event:
         plays: the hooks that ran inside of the unit.
         left: what the unit left behind without returning it.
         guessed: whether its shapes depend on data, and are those for stand-ins of zeros.
+        once: why the unit call must not run a second time in the backward, or ``""`` (see ``model.once``).
+        eagerly: whether only eager code could run it again.
+        counted: whether the unit calls a loss function whose denominator must be seen (see ``model.denominators``).
     """
 
     name: str
@@ -135,8 +138,16 @@ class Event:
     plays: tuple[Play, ...] = ()
     left: tuple[Left, ...] = ()
     guessed: bool = False
+    once: str = ""
+    eagerly: bool = False
+    counted: bool = False
 
     @property
     def nested(self) -> bool:
         """Whether the result is more than one bare leaf."""
         return not self.tree.is_leaf()
+
+    @property
+    def in_sight(self) -> bool:
+        """Whether what the unit does inside is looked at while it runs."""
+        return bool(self.plays or self.left or self.counted)

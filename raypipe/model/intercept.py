@@ -128,20 +128,26 @@ def install(units: Mapping[str, nn.Module]) -> Switch:
     """Makes the calls of these modules seen, by a subclass of each one's own class with another ``__call__``.
 
     ``__call__`` and not ``forward``: Hugging Face's gradient checkpointing enters ``forward`` again in the backward.
+    Units of one class share its subclass, so that what is compiled for one of them fits the others.
     """
     switch = Switch()
+    made: dict[type[nn.Module], type[nn.Module]] = {}
     for name, unit in units.items():
-        unit.__class__ = _watched(type(unit), name, switch)
+        cls = type(unit)
+        if cls not in made:
+            made[cls] = _watched(cls, switch)
+        vars(unit)["_raypipe_unit"] = name
+        unit.__class__ = made[cls]
     return switch
 
 
-def _watched(cls: type[nn.Module], name: str, switch: Switch) -> type[nn.Module]:
+def _watched(cls: type[nn.Module], switch: Switch) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         watch = switch.watch
         if watch is not None and not watch.inside:
-            return watch.unit_call(name, cls.__call__.__get__(self), args, kwargs)
+            return watch.unit_call(vars(self)["_raypipe_unit"], cls.__call__.__get__(self), args, kwargs)
         if watch is not None:
-            watch.nested_call(name)
+            watch.nested_call(vars(self)["_raypipe_unit"])
         # Called by another unit, or again in a checkpoint's backward: under the same seed either way.
         return run_keyed(lambda: cls.__call__(self, *args, **kwargs))
 

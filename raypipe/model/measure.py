@@ -8,7 +8,8 @@ of a model's equal blocks needs its weights at all. What runs outside of units c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +21,7 @@ from raypipe.model.call import Caller
 from raypipe.model.cost import CallTime
 from raypipe.model.husk import Husk, replace_tensors
 from raypipe.model.intercept import Watch, install
+from raypipe.model.recompute import recomputed
 from raypipe.model.recording import Recording
 from raypipe.model.time_call import REPEATS, WARM_UP, fresh, median_of, timed
 from raypipe.model.trees import tensors_in
@@ -52,6 +54,7 @@ def measure(
     training: bool = True,
     halves: bool = False,
     with_weights: Callable[[nn.Module], nn.Module] = lambda unit: unit,
+    again: Collection[str] = (),
 ) -> tuple[CallTime, ...]:
     """Seconds of each unit call, with what follows it outside of units, for one microbatch.
 
@@ -66,8 +69,9 @@ def measure(
         training: whether there is a loss, and a backward from it.
         halves: whether to measure the backward's halves too.
         with_weights: gives a unit to run in the place of one that has none (see ``lent``).
+        again: names of the units that run again in their backward.
     """
-    stopwatch = _Stopwatch(model, recording, with_weights, halves)
+    stopwatch = _Stopwatch(model, recording, with_weights, halves, again)
     switch = install(find_units(model, patterns))
     between: list[list[CallTime]] = []
     with _threads(threads):
@@ -94,10 +98,11 @@ class _Stopwatch(Watch):
         recording: Recording,
         with_weights: Callable[[nn.Module], nn.Module],
         halves: bool,
+        again: Collection[str],
     ) -> None:
         super().__init__({id(parameter): name for name, parameter in model.named_parameters()})
         self._loose = [p for p in model.parameters() if p.requires_grad and not isinstance(p, Husk)]
-        self._with_weights, self._halves = with_weights, halves
+        self._with_weights, self._halves, self._again = with_weights, halves, again
         self._modules = dict(model.named_modules())
         self._flops = [recording.events[event].flops for event in recording.calls]
         self._known: dict[Any, tuple[CallTime, Any]] = {}
@@ -116,7 +121,8 @@ class _Stopwatch(Watch):
             if key not in self._known:
                 unit = self._with_weights(self._modules[name])
                 trained = [p for p in unit.parameters() if p.requires_grad]
-                own = call if unit is self._modules[name] else unit
+                own = call if unit is self._modules[name] else unit.__call__
+                own = functools.partial(_again, own) if name in self._again else own
                 self._known[key] = timed(own, args, kwargs, trained, self._halves)
             time, result = self._known[key]
             self.within.append(time)
@@ -167,7 +173,11 @@ class _Stopwatch(Watch):
             else type(leaf)
             for leaf in leaves
         )
-        return repr(module), held, modes, given, tree, self._flops[len(self.within)]
+        return repr(module), held, modes, given, tree, self._flops[len(self.within)], name in self._again
+
+
+def _again(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return recomputed(call, args, kwargs)
 
 
 @contextlib.contextmanager

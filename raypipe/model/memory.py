@@ -3,8 +3,9 @@
 The accounting is the classical one. A parameter has its weight, its gradient and the optimizer's state; AdamW in mixed
 precision makes 16 bytes of that (Rajbhandari et al., ZeRO, 2020), and so does AdamW in float32. Activations are what
 autograd saved for one microbatch, times the microbatches that the schedule has in flight (Korthikanti et al., 2022),
-with the received values and those sent, from which gradients go back. What an action needs only while it runs, and the
-process itself, are not in it.
+with the received values and those sent, from which gradients go back. A unit that runs again in its backward keeps its
+arguments instead, and what it saves counts while it runs again: for one unit at a time, the largest. What an action
+needs besides only while it runs, and the process itself, are not in it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Bytes:
     """Bytes of what a chunk holds.
 
     Attributes: ``weights`` with buffers; ``gradients``; ``optimizer``; ``activations`` of one microbatch; ``received``,
-    one message from each side.
+    one message from each side; ``again``, what the largest unit that runs again saves beside its arguments; ``redone``,
+    that of all of them together.
     """
 
     weights: int = 0
@@ -43,6 +45,8 @@ class Bytes:
     optimizer: int = 0
     activations: int = 0
     received: int = 0
+    again: int = 0
+    redone: int = 0
 
     def total(self, in_flight: int, ahead: int) -> int:
         """All together, with so many microbatches in flight and receives posted ahead."""
@@ -52,6 +56,7 @@ class Bytes:
             + self.optimizer
             + self.activations * in_flight
             + self.received * min(ahead, in_flight)
+            + self.again
         )
 
 
@@ -60,7 +65,8 @@ class Sizes:
     """What the sizes of chunks are made of.
 
     Attributes: ``recording``; ``saved`` during it, or None where nothing is trained; ``unit_parameters``, names by
-    unit; ``parameters``, bytes by name; ``unit_buffers``, bytes by unit; ``everywhere``, bytes that every chunk holds.
+    unit; ``parameters``, bytes by name; ``unit_buffers``, bytes by unit; ``everywhere``, bytes that every chunk holds;
+    ``again``, the events of unit calls that run again in their backward.
     """
 
     recording: Recording
@@ -69,6 +75,17 @@ class Sizes:
     parameters: Mapping[str, ParameterBytes]
     unit_buffers: Mapping[str, int]
     everywhere: int = 0
+    again: frozenset[int] = frozenset()
+
+    def kept(self, number: int) -> Mapping[int, int]:
+        """The pieces of memory that an event keeps for its backward, with their bytes."""
+        if self.saved is None:
+            return {}
+        return (self.saved.arguments if number in self.again else self.saved.by_event).get(number, {})
+
+    def redone(self, number: int) -> int:
+        """The bytes that an event saves only when it runs again."""
+        return self.saved.beside_arguments(number) if self.saved is not None and number in self.again else 0
 
     def buffers(self, units: Iterable[str]) -> int:
         """Bytes of the buffers that a process with these units holds."""
@@ -87,6 +104,7 @@ def windows_from(sizes: Sizes, start: int) -> Iterator[Bytes]:
     arrived = {sizes.saved.of_value(v): v.spec.nbytes for v in incoming} if sizes.saved is not None else {}
     names: set[str] = set()
     units: set[str] = set()
+    redone: list[int] = [0]
     for end in range(start, len(edges) - 1):
         for number in range(edges[end], edges[end + 1]):
             event = recording.events[number]
@@ -94,8 +112,8 @@ def windows_from(sizes: Sizes, start: int) -> Iterator[Bytes]:
             if event.call is not None:
                 units.add(event.name)
                 names.update(sizes.unit_parameters[event.name])
-            for piece, count in (sizes.saved.by_event.get(number, {}) if sizes.saved is not None else {}).items():
-                memory[piece] = arrived.get(piece, count)
+            memory.update((piece, arrived.get(piece, count)) for piece, count in sizes.kept(number).items())
+            redone.append(sizes.redone(number))
         outgoing = recording.live(edges[end + 1]) if end + 2 < len(edges) else ()
         kept, back = dict(memory), 0
         if sizes.saved is not None:
@@ -110,6 +128,8 @@ def windows_from(sizes: Sizes, start: int) -> Iterator[Bytes]:
             sum(p.optimizer for p in held),
             sum(kept.values()),
             received + back,
+            max(redone),
+            sum(redone),
         )
 
 

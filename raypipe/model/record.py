@@ -54,6 +54,7 @@ def record(twin: Twin, forward: Callable[[Any], Any], saved: Saved | None = None
                 inside.add(stop.hook)
                 if saved is not None:
                     saved.by_event.clear()
+                    saved.arguments.clear()
                 continue
             except AsksForData as stop:
                 kept.restore_contents()

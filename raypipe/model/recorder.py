@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from raypipe.model.hooks import HookPlace, heard, hook_name
 from raypipe.model.intercept import Watch
 from raypipe.model.known import Known
 from raypipe.model.ledger import Happening, Ledger
+from raypipe.model.once import Once
 from raypipe.model.recording import Recording
 from raypipe.model.saved import Saved
 from raypipe.model.secrets import Secrets
@@ -110,6 +112,7 @@ class Recorder(Watch):
         for real, (fake, is_value) in zip(traffic.found, marked, strict=True):
             if not is_value:
                 known.tell(fake, real)
+        once = Once(unit, traffic.own)
         self.nested, counter = [], Counter(self.twin.mode, guess=True, known=known)
         own = self.twin.unit_parameters[name]
         hide, on_numbers = self.secrets.used_within, counter.on_numbers
@@ -132,6 +135,9 @@ class Recorder(Watch):
         self.calls += 1
         what = Happening(name, self.calls - 1, counter, where)
         self.ledger.add(what, sources, traffic.inputs, changed, result, event, (tuple(traffic.plays), left))
+        why = once.why(bool(changed), bool(left), within.reads_hidden, where.region is not None, within.normed)
+        added = self.recording.events[event]
+        self.recording.events[event] = replace(added, once=why, eagerly=once.eagerly, counted=within.counted)
         return result
 
     def _hear(

@@ -57,6 +57,7 @@ class Recording:
     _windows: dict[tuple[int, ...], tuple[Window, ...]] = field(default_factory=dict)
     _forbidden: dict[int, str] | None = None
     _made: dict[int, Tensor] = field(default_factory=dict)
+    _once: dict[int, str] | None = None
 
     @property
     def predicted(self) -> bool:
@@ -129,6 +130,20 @@ class Recording:
     def mutated_after(self, cut: int) -> set[int]:
         """The storages that events at or after ``cut`` change in place."""
         return {self.values[mutation.value].storage for event in self.events[cut:] for mutation in event.mutations}
+
+    def once(self, number: int) -> str:
+        """Why the unit call of event ``number`` must not run again in its backward, or ``""``."""
+        if self._once is None:
+            self._once = {each: self._why_once(each) for each in self.calls}
+        return self._once[number]
+
+    def _why_once(self, number: int) -> str:
+        event = self.events[number]
+        if not event.once and not self.mutated_after(number + 1).isdisjoint(
+            self.values[value].storage for value in event.uses
+        ):
+            return "gets an argument that is changed in place later"
+        return event.once
 
     def describe(self, value: Value | int) -> str:
         """A value in words, for an error."""

@@ -7,9 +7,10 @@ again. After the last unit call nothing is looked at any more: one stage runs al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from raypipe.errors import CutError
 from raypipe.model.attributes import Snapshot
 from raypipe.model.beside import Hearing, leave, name_left, play
+from raypipe.model.compiled import eagerly
 from raypipe.model.event import Constant, Event, New, Same
 from raypipe.model.functions import SHAPES, changes_in_place, function_name
 from raypipe.model.hooks import heard, next_hook, remove_hooks_since
@@ -30,6 +32,7 @@ from raypipe.model.outcome import (
     without_withheld,
 )
 from raypipe.model.predict_recording import compare
+from raypipe.model.recompute import recomputed
 from raypipe.model.recording import Recording, Window
 from raypipe.model.seeds import Seeds, pass_by, run_keyed
 from raypipe.model.trees import at_path, tensors_in
@@ -50,6 +53,7 @@ def replay(
     window: Window,
     received: Sequence[Tensor],
     seeds: Seeds,
+    again: Collection[str] = (),
 ) -> tuple[list[Tensor], Any]:
     """Runs the window's events.
 
@@ -61,6 +65,7 @@ def replay(
         window: the chunk.
         received: tensors for ``window.inputs``.
         seeds: of the microbatch.
+        again: names of the units that run again in the backward, where there will be one.
 
     Returns:
         The tensors of ``window.outputs``; and what the forward returned, where the window reaches to the end, else
@@ -69,7 +74,7 @@ def replay(
     Raises:
         CutError: the model took another way than in its recording.
     """
-    run = _Replay(parameters, recording, window, received)
+    run = _Replay(parameters, recording, window, received, again if torch.is_grad_enabled() else ())
     kept = Snapshot(model) if recording.beside else None
     outputs, first_hook = None, next_hook()
     with switch.on(run):
@@ -93,9 +98,15 @@ class _Replay(Watch):
     """Attributes: ``event``, the number of the next one; ``in_tail``, whether the last unit call of all was made."""
 
     def __init__(
-        self, parameters: Mapping[int, str], recording: Recording, window: Window, received: Sequence[Tensor]
+        self,
+        parameters: Mapping[int, str],
+        recording: Recording,
+        window: Window,
+        received: Sequence[Tensor],
+        again: Collection[str],
     ) -> None:
         super().__init__(parameters)
+        self.again = again
         self.recording, self.window = recording, window
         self.events = recording.events
         self.event = 0
@@ -142,7 +153,9 @@ class _Replay(Watch):
                 return result
             if any(type(tensor) is FakeTensor for _, tensor in tensors_in((args, kwargs))):
                 refuse_placeholder(self.recording)
-            if not event.plays and not event.left:
+            if name in self.again and not self.recording.once(number):
+                result = run_keyed(lambda: recomputed(call, args, kwargs))
+            elif not event.in_sight:
                 result = run_keyed(lambda: call(*args, **kwargs))
             else:
                 result = self._run_and_hear(event, call, args, kwargs)
@@ -155,7 +168,7 @@ class _Replay(Watch):
     ) -> Any:
         unit: nn.Module = call.__self__  # type: ignore[attr-defined]
         hearing = Hearing(event, self._name, self._seen)
-        with heard(unit, hearing, self.recording.inside):
+        with eagerly(unit), heard(unit, hearing, self.recording.inside):
             result = run_keyed(lambda: call(*args, **kwargs))
         hearing.finish()
         name_left(event, unit, (args, kwargs), self._name)

@@ -8,7 +8,7 @@ in Large Transformer Models" (2022). What an action needs only while it runs is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,8 @@ class Saved:
     Args:
         twin: to be recorded.
 
-    Attributes: ``by_event``, the bytes of each piece of memory that an event saved, by the piece's number.
+    Attributes: ``by_event``, the bytes of each piece of memory that an event saved, by the piece's number;
+    ``arguments``, likewise of what a unit call was given.
     """
 
     def __init__(self, twin: Twin) -> None:
@@ -37,6 +38,7 @@ class Saved:
         self._keep: list[object] = []  # memory is told apart by address: none may be freed meanwhile
         self._recording = Recording()
         self.by_event: dict[int, dict[int, int]] = {}
+        self.arguments: dict[int, dict[int, int]] = {}
 
     @contextmanager
     def during(self, recording: Recording) -> Iterator[None]:
@@ -53,6 +55,20 @@ class Saved:
         """A fake was made for a real tensor, which several units may get: its memory is there once."""
         self._keep += (fake.untyped_storage(), real.untyped_storage())
         self._origins[fake.untyped_storage()._cdata] = real.untyped_storage()._cdata
+
+    def given(self, event: int, tensors: Iterable[Tensor]) -> None:
+        """A unit call gets these tensors."""
+        own = self.arguments[event] = {}
+        for tensor in tensors:
+            number, storage = self._number(tensor), tensor.untyped_storage()
+            if number not in self._resident:
+                self._keep.append(storage)
+                own[number] = storage.nbytes()
+
+    def beside_arguments(self, event: int) -> int:
+        """The bytes that a unit call saves and was not given."""
+        given = self.arguments.get(event, {})
+        return sum(count for piece, count in self.by_event.get(event, {}).items() if piece not in given)
 
     def complete(self) -> None:
         """What is saved from now on, by a loss outside of the model, belongs to the last event."""

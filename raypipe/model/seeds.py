@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Seeds", "kept_state", "pass_by", "run_keyed"]
+__all__ = ["Seeds", "kept_state", "pass_by", "run_keyed", "run_under"]
 
 T = TypeVar("T")
 _MASK = (1 << 64) - 1
@@ -47,6 +47,13 @@ def run_keyed(call: Callable[[], T]) -> T:
     result = call()
     _seed(_mixed(before + _AFTER))
     return result
+
+
+def run_under(link: int, call: Callable[[], T]) -> T:
+    """Runs ``call`` once more under the link that was there when it ran; the generators stay as they are."""
+    with kept_state():
+        _seed(link)
+        return call()
 
 
 def pass_by() -> None:

@@ -41,7 +41,7 @@ class Traffic:
         ledger: of the recording.
         written: of the recording.
         mark: of the run.
-        saved: is told of fakes that stand for real tensors.
+        saved: is told of the arguments, and of fakes that stand for real tensors.
 
     Attributes: ``own``, the arguments that the unit gets; ``found``, the tensors in the caller's; ``inputs``, the
     caller's, in lists and dicts to which the unit adds nothing.
@@ -64,6 +64,8 @@ class Traffic:
         self.inputs = _copied(arguments)
         self.found = [tensor for _, tensor in tensors_in(arguments)]
         self._given = {id(t): self._handed_in(written.fake_of(t)) for t in self.found}
+        if saved is not None:
+            saved.given(event, self._given.values())
         self._versions = {id(t): self._given[id(t)]._version for t in self.found}
         self.own: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
             Tensor, lambda t: self._given.get(id(t), t), arguments

@@ -12,12 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from raypipe.model.denominators import is_counted
 from raypipe.model.trees import tensors_in
 
 __all__ = ["Maker", "Within", "maker_of"]
+
+_NORMS = (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm, torch.native_batch_norm)
+"""They change running statistics without counting up the tensors' versions."""
 
 
 class Maker(NamedTuple):
@@ -48,7 +53,9 @@ class Within(TorchFunctionMode):
         on_numbers: runs a function for real on stand-ins for its arguments.
 
     Attributes: ``uses`` and ``parameters_used``, of what it read beside its arguments; ``paused``, while the body of a
-    hook runs, which is no part of the unit.
+    hook runs, which is no part of the unit; ``reads_hidden``, whether it read values that are no arguments;
+    ``counted``, whether it called a loss function whose denominator must be seen; ``normed``, the tensors that norms
+    with running statistics were given.
     """
 
     def __init__(
@@ -70,12 +77,17 @@ class Within(TorchFunctionMode):
         self._values, self._parameters, self._own = values, parameters, frozenset(own)
         self._event, self._hidden = event, hidden
         self.paused = False
+        self.counted = self.reads_hidden = False
+        self.normed: list[Tensor] = []
         self.uses: list[int] = []
         self.parameters_used: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.paused:
             return func(*args, **(kwargs or {}))
+        self.counted |= is_counted(func)
+        if func in _NORMS:
+            self.normed += [tensor for _, tensor in tensors_in((args, kwargs or {}))]
         tainted = [self._is_value(tensor) for _, tensor in tensors_in((args, kwargs or {}))]
         try:
             result = func(*args, **(kwargs or {}))
@@ -99,11 +111,13 @@ class Within(TorchFunctionMode):
             return True
         if id(tensor) in self._values:
             self.uses.append(self._values[id(tensor)])
+            self.reads_hidden = True
             return True
         maker = maker_of(tensor, self._mark)
         if maker is None or not maker.of_value:
             return False
         if maker.event != self._event:
+            self.reads_hidden = True
             self._hidden(tensor, self._unit)
         return True
 

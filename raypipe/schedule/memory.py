@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .action import Action, Op, Programs
 
-__all__ = ["peak_bytes", "peak_in_flight"]
+__all__ = ["peak_bytes", "peak_bytes_again", "peak_in_flight"]
 
 
 def peak_in_flight(programs: Programs) -> tuple[int, ...]:
@@ -27,6 +27,40 @@ def peak_bytes(programs: Programs, kept: Sequence[float], input_share: float = 0
         input_share: which share of it, 0 to 1, I gives back.
     """
     return tuple(_bytes(program, kept, input_share) for program in programs)
+
+
+def peak_bytes_again(
+    programs: Programs, kept: Sequence[float], again: Sequence[float], redone: Sequence[float]
+) -> tuple[float, ...]:
+    """The same where units of a chunk run again in their backward.
+
+    Args:
+        programs: for each stage its actions.
+        kept: for each chunk what it keeps of one microbatch, from its forward until B or W has ended.
+        again: for each chunk what comes on top while B runs: the largest unit's.
+        redone: for each chunk what comes on top from the begin of I to the end of W: all of its units'.
+    """
+    return tuple(_bytes_again(program, kept, again, redone) for program in programs)
+
+
+def _bytes_again(
+    program: Sequence[Action], kept: Sequence[float], again: Sequence[float], redone: Sequence[float]
+) -> float:
+    alive = peak = 0.0
+    keeps = _keeps(program)
+    for action in program:
+        chunk = action.chunk
+        if action.op is Op.FORWARD:
+            alive = alive + kept[chunk] if keeps else kept[chunk]
+        elif action.op is Op.INPUT:
+            alive += redone[chunk]
+        elif action.op is Op.WEIGHT:
+            alive -= kept[chunk] + redone[chunk]
+        else:
+            peak = max(peak, alive + again[chunk])
+            alive -= kept[chunk]
+        peak = max(peak, alive)
+    return peak
 
 
 def _in_flight(program: Sequence[Action]) -> int:

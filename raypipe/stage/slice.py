@@ -6,7 +6,7 @@ arrive at the same boundary without a word.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from raypipe.errors import CutError
 from raypipe.model.build import Skeleton, materialise
 from raypipe.model.call import Caller
+from raypipe.model.compiled import compile_units
 from raypipe.model.husk import Husk
 from raypipe.model.intercept import install
 from raypipe.model.join import shapes_of
@@ -54,6 +55,8 @@ class Slice:
         cuts: the unit call that each chunk but the first starts with.
         calls: how many unit calls the model makes.
         caller: how the model is called.
+        recompute: names of the units that run again in their backward.
+        compiled: whether to compile the units.
 
     Attributes:
         parameters: the parameters held, by name, in model order.
@@ -67,12 +70,17 @@ class Slice:
         cuts: tuple[int, ...],
         calls: int,
         caller: Caller,
+        recompute: Collection[str] = (),
+        compiled: bool = False,
     ) -> None:
         self._twin = Twin(skeleton.model, patterns)
         self.model = materialise(skeleton, tensors)
         self._cuts, self._calls, self._caller = cuts, calls, caller
+        self._recompute = frozenset(recompute)
         units = find_units(self.model, patterns)
         self._switch = install(units)
+        if compiled:
+            compile_units(units, self._recompute)
         named = dict(self.model.named_parameters())
         self._trainable = {name for name, parameter in self._twin.model.named_parameters() if parameter.requires_grad}
         self._names = {id(parameter): name for name, parameter in named.items()}
@@ -132,6 +140,7 @@ class Slice:
             planned.windows[chunk],
             received,
             seeds,
+            self._recompute,
         )
 
     def _first_trained(self, recording: Recording) -> int:

@@ -68,6 +68,8 @@ class PipelineSpec:
         seed: of dropout.
         threads: of PyTorch in each rank, or None to leave them.
         shard: ``"optimizer"`` where each replica keeps and steps its part of the optimizer, else None.
+        recompute: names of the units that run again in their backward.
+        compiled: whether ranks compile their units.
     """
 
     topology: Topology
@@ -89,3 +91,5 @@ class PipelineSpec:
     seed: int
     threads: int | None
     shard: str | None = None
+    recompute: tuple[str, ...] = ()
+    compiled: bool = False

@@ -54,7 +54,9 @@ class StageWorker:
         self._ranks = {s: spec.topology.rank(s, place.replica, place.tensor) for s in range(spec.topology.stages)}
         self._activity = Activity()
         self._layouts = LayoutCache(spec.layout, spec.batch_dims)
-        self._slice = Slice(spec.skeleton, tensors, spec.units, spec.cuts, spec.calls, spec.caller)
+        self._slice = Slice(
+            spec.skeleton, tensors, spec.units, spec.cuts, spec.calls, spec.caller, spec.recompute, spec.compiled
+        )
         self._outputs = Outputs(self._slice)
         placement = spec.schedule(spec.microbatches)
         last = self._ranks[placement.stage_of(placement.chunks - 1)]
