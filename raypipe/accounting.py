@@ -104,6 +104,7 @@ def _observed(twin: Twin, caller: Caller, batch: Any, saved: Saved | None) -> tu
 
     with refuse_foreign_random_numbers():
         recording = record(twin, forward, saved)
+    recording.low = caller.precision.boundary
     if saved is not None and outputs:
         saved.complete()
         # The loss runs for real in the last stage, whatever it does; what fakes cannot follow of it is not counted.

@@ -13,6 +13,7 @@ from raypipe.data import Source, open_source
 from raypipe.data.adapters import OnceSource
 from raypipe.driver.resources import check_resources
 from raypipe.model.partition import check_balance
+from raypipe.model.precision import Precision
 from raypipe.model.weights import LossRule
 from raypipe.schedule import Auto, Schedule, chunks_of, names
 from raypipe.schedule.maker import ScheduleMaker
@@ -32,7 +33,6 @@ NOT_YET: Mapping[str, Any] = {
     "tensor_parallel_plan": None,
     "data_parallel": 1,
     "shard": None,
-    "precision": "fp32",
     "recompute": "none",
     "compile": False,
     "checkpoint_every": None,
@@ -64,6 +64,7 @@ class Options:
     batch_dims: Any = None
     units: Sequence[str] | None = None
     balance: str | Sequence[int] = "flops"
+    precision: str = "fp32"
     batch_norm: str | None = None
     threads: int | None = None
     resources_per_stage: Mapping[str, float] | None = None
@@ -91,6 +92,7 @@ class Options:
             raise ValueError(f"backend is {self.backend!r}, but must be 'ray' or 'local'")
         if self.batch_norm not in (None, "microbatch"):
             raise ValueError(f"batch_norm is {self.batch_norm!r}, but must be 'microbatch' or None")
+        Precision(self.precision)
         self._check_callables()
         self._check_schedule()
         self._check_resources()

@@ -63,6 +63,8 @@ class PipelineTrainer:
         units: patterns of module names that are never cut.
         example: a batch to plan with in the constructor; None: the first training batch, when it is first needed.
         balance: unit calls for each stage, or ``"flops"``, ``"parameters"``.
+        precision: ``"fp32"``: the model's own types; ``"bf16"`` or ``"fp16"``: forwards and losses under autocast, with
+            weights, gradients and optimizer states in float32; fp16 with loss scaling.
         batch_norm: ``"microbatch"`` accepts BatchNorm with a microbatch's own statistics.
         threads: of PyTorch in each rank.
         resources_per_stage: Ray resources of one rank, such as ``{"GPU": 1}``.
@@ -100,6 +102,7 @@ class PipelineTrainer:
         units: Sequence[str] | None = None,
         example: Any = None,
         balance: str | Sequence[int] = "flops",
+        precision: str = "fp32",
         batch_norm: str | None = None,
         threads: int | None = None,
         resources_per_stage: Mapping[str, float] | None = None,
@@ -128,6 +131,7 @@ class PipelineTrainer:
             batch_dims=batch_dims,
             units=units,
             balance=balance,
+            precision=precision,
             batch_norm=batch_norm,
             threads=threads,
             resources_per_stage=resources_per_stage,
@@ -189,9 +193,12 @@ class PipelineTrainer:
 
         Returns:
             ``loss``, ``grad_norm`` (before clipping), ``lr``, ``samples``, ``seconds``, ``bubble`` (share of the
-            stages' time in which no action was computed), ``step``, ``microbatches``, ``peak_in_flight`` by stage.
+            stages' time in which no action was computed), ``step``, ``microbatches``, ``peak_in_flight`` by stage. With
+            ``precision="fp16"`` also ``loss_scale``, ``skipped`` (a gradient overflowed: no weight has changed), and
+            ``non_finite``, where that was.
 
         Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite; under fp16 only where no loss scale helps.
             StepError: the step failed; the trainer is then shut down.
         """
         controller = self._started(batch)

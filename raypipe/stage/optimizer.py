@@ -6,12 +6,14 @@ norm that of all G_p / T together, each parameter once, summed in model order so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from raypipe.stage.non_finite import NonFinite, find_non_finite
 from raypipe.stage.protocol import RankWork
 from raypipe.stage.spec import Gradients, OptimizerMaker, SchedulerMaker
 from raypipe.transport.base import Handle, Transport
@@ -24,11 +26,14 @@ class Update:
     """What a step's end tells.
 
     Attributes: ``norms``, float64 of shape [owned], each owned parameter's gradient norm before clipping; ``lr`` of
-    each parameter group in this step, none where the batch was refused.
+    each parameter group in this step, none where the batch was refused; ``non_finite``, why this rank has not stepped;
+    ``refused``, whether the batch was.
     """
 
     norms: Tensor
     lr: tuple[float, ...]
+    non_finite: NonFinite | None = None
+    refused: bool = False
 
 
 class StageOptimizer:
@@ -42,6 +47,7 @@ class StageOptimizer:
         make_scheduler: the user's ``lr_scheduler``.
         max_grad_norm: bound of the global norm, or None.
         divisor_rank: the rank that knows what gradients are divided by, or None where each backward did that.
+        agree: whether no rank may step before all know that every gradient is finite; as it is where they are clipped.
 
     Raises:
         TypeError: ``make`` returned no optimizer, or one that needs the whole model; ``make_scheduler`` one that needs
@@ -57,17 +63,19 @@ class StageOptimizer:
         make_scheduler: SchedulerMaker | None,
         max_grad_norm: float | None,
         divisor_rank: int | None,
+        agree: bool = False,
     ) -> None:
         self._rank, self._gradients, self._max_norm = rank, gradients, max_grad_norm
         self._divisor_rank = divisor_rank
+        self.agrees = max_grad_norm is not None or agree
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._owned = [self._parameters[name] for name in gradients.owned[rank]]
         self._lengths = [
-            (rank_ == divisor_rank) + (len(owned) if max_grad_norm is not None else 0)
+            (rank_ == divisor_rank) + (len(owned) if self.agrees else 0)
             for rank_, owned in enumerate(gradients.owned)
         ]
         # Without norms to gather, the divisor is all that is told; it is known long before the step's end.
-        self._early = max_grad_norm is None and divisor_rank is not None
+        self._early = not self.agrees and divisor_rank is not None
         self._told: Handle[list[Tensor]] | None = None
         self.optimizer = _checked_optimizer(make(list(self._parameters.items()))) if self._parameters else None
         self.scheduler = None
@@ -96,17 +104,20 @@ class StageOptimizer:
     def _tell(self, transport: Transport, numbers: list[float]) -> Handle[list[Tensor]]:
         return transport.all_gather(torch.tensor(numbers, dtype=torch.float64), self._lengths)
 
-    def finish(self, transport: Transport, divisor: float) -> RankWork[Update]:
-        """Reduces, clips and steps.
+    def finish(self, transport: Transport, divisor: float, loss_scale: float = 1.0) -> RankWork[Update]:
+        """Reduces, clips and steps; drops gradients of which one is not finite, as far as this rank knows.
 
         Args:
             transport: of this rank.
             divisor: what the gradients are still to be divided by, on the rank that knows it; 0 for a batch that is
-                refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike.
+                refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike. NaN where
+                the loss is not finite.
+            loss_scale: what else they are to be divided by; 1 where ranks do not agree.
         """
         yield from self._reduce_shared(transport)
         norms = torch.stack([_norm(p) for p in self._owned]).double() if self._owned else torch.zeros(0).double()
         scale: float | None = 1.0
+        seen = {self._rank: norms}
         told = [float(divisor)] if self._rank == self._divisor_rank else []
         if self._early:
             handle = self._told or self._tell(transport, told)
@@ -117,32 +128,41 @@ class StageOptimizer:
             vector = torch.cat([torch.tensor(told, dtype=torch.float64), norms])
             handle = transport.all_gather(vector, self._lengths)
             yield handle
-            scale = self._scale(handle.result())
+            scale = self._scale(handle.result(), loss_scale)
+            seen = dict(enumerate(self._norms(handle.result())))
         if scale is None or not divisor:
             self._drop_gradients()
-            return Update(norms, ())
+            return Update(norms, (), refused=True)
+        found = find_non_finite(self._gradients, seen)
+        if found is None and math.isnan(scale) and self._divisor_rank is not None:
+            found = NonFinite(self._divisor_rank)
+        if found is not None:
+            self._drop_gradients()
+            return Update(norms, self._rates(), found)
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, scale)
         lr = self._step()
         return Update(norms, lr)
 
-    def _scale(self, gathered: list[Tensor]) -> float | None:
-        """What every gradient is multiplied by: 1 / T, and the clip coefficient of ``clip_grad_norm_``.
+    def _scale(self, gathered: list[Tensor], loss_scale: float = 1.0) -> float | None:
+        """What every gradient is multiplied by: 1 / T / loss_scale, and the clip coefficient of ``clip_grad_norm_``.
 
         None where the batch was refused.
         """
-        divisor = 1.0
+        divisor = loss_scale
         if self._divisor_rank is not None:
-            divisor = float(gathered[self._divisor_rank][0])
+            divisor *= float(gathered[self._divisor_rank][0])
             if not divisor:
                 return None
-            gathered = [v[1:] if rank == self._divisor_rank else v for rank, v in enumerate(gathered)]
         if self._max_norm is None:
             return 1.0 / divisor
-        coefficient = self._max_norm / (global_norm(self._gradients, gathered) / divisor + 1e-6)
-        # Not min(1, ...): a NaN must reach every stage's gradients, as clip_grad_norm_ has it.
-        return (1.0 if coefficient >= 1.0 else coefficient) / divisor
+        coefficient = self._max_norm / (global_norm(self._gradients, self._norms(gathered)) / divisor + 1e-6)
+        return min(1.0, coefficient) / divisor
+
+    def _norms(self, gathered: list[Tensor]) -> list[Tensor]:
+        """What was gathered, without the divisor."""
+        return [v[1:] if rank == self._divisor_rank else v for rank, v in enumerate(gathered)]
 
     def _reduce_shared(self, transport: Transport) -> RankWork[None]:
         for ranks, names in self._gradients.shared.items():
@@ -164,12 +184,16 @@ class StageOptimizer:
     def _step(self) -> tuple[float, ...]:
         if self.optimizer is None:
             return ()
-        lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+        lr = self._rates()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
         return lr
+
+    def _rates(self) -> tuple[float, ...]:
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return tuple(float(group["lr"]) for group in groups)
 
 
 def global_norm(gradients: Gradients, norms: list[Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
@@ -18,8 +19,10 @@ from raypipe.model.microbatch import LayoutCache, Microbatch
 from raypipe.observe.events import Recorder
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.executor import Activity, execute
+from raypipe.stage.loss_scale import LossScale
 from raypipe.stage.losses import Losses
-from raypipe.stage.optimizer import StageOptimizer
+from raypipe.stage.non_finite import gradient_error, loss_error, scale_error
+from raypipe.stage.optimizer import StageOptimizer, Update
 from raypipe.stage.outputs import Outputs
 from raypipe.stage.program import Program, compile_program
 from raypipe.stage.protocol import Progress, RankWork
@@ -55,6 +58,7 @@ class StageWorker:
         self._outputs = Outputs(self._slice)
         placement = spec.schedule(spec.microbatches)
         last = self._ranks[placement.stage_of(placement.chunks - 1)]
+        self._loss_scale = LossScale() if spec.caller.precision.scales_loss else None
         with self._reported(-1, "optimizer"):
             self._optimizer = StageOptimizer(
                 rank,
@@ -63,7 +67,8 @@ class StageWorker:
                 spec.optimizer,
                 spec.lr_scheduler,
                 spec.max_grad_norm,
-                last if spec.rule.needs_denominators else None,
+                last if spec.rule.needs_denominators or self._loss_scale is not None else None,
+                agree=self._loss_scale is not None,
             )
         self._is_last = rank == last
         self._program = functools.cache(self._compile)
@@ -81,7 +86,8 @@ class StageWorker:
             self._activity.set(step, "batch")
             self._slice.set_training(True)
             microbatches = self._cut(unpack(batch))
-            losses = Losses(self._spec.rule, self._spec.caller, microbatches, self._tell)
+            scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+            losses = Losses(self._spec.rule, self._spec.caller, microbatches, self._tell, scale)
             program = self._program(len(microbatches), True)
             self._optimizer.begin(self._channels())
             recorder = Recorder([item.action for item in program.items], started)
@@ -92,7 +98,8 @@ class StageWorker:
             refused = losses.refusal() if self._is_last else None
             divisor = losses.total() if self._is_last and refused is None else 1.0
             told = _told(losses, refused, divisor)
-            update = yield from self._waiting(self._optimizer.finish(self._channels(), told), step)
+            update = yield from self._waiting(self._optimizer.finish(self._channels(), told, scale), step)
+            non_finite = self._settle(update, losses, step)
             loss = losses.loss() if self._is_last and refused is None else None
             yield from self._waiting(self._flush(), step)
         trace = recorder.trace()
@@ -102,11 +109,13 @@ class StageWorker:
             sum(m.samples for m in microbatches),
             len(microbatches),
             loss,
-            divisor if self._is_last else None,
+            divisor * scale if self._is_last else None,
             update.norms.numpy(),
             update.lr,
             trace,
             refused,
+            None if self._loss_scale is None else scale,
+            non_finite,
         )
 
     def forward_step(self, step: int, batch: Wire, kind: str) -> RankWork[ForwardReport]:
@@ -153,8 +162,29 @@ class StageWorker:
     def _tell(self, losses: Losses) -> None:
         """Every loss of the step is known: what its gradients are divided by can go to the other ranks."""
         refused = losses.refusal() if self._is_last else None
+        found = losses.non_finite() if refused is None and self._loss_scale is None else None
+        if found is not None:  # before the last backward: no rank has all of its gradients, so none has stepped
+            number, loss = found
+            raise loss_error(loss, number, self._stage, self._activity.progress().step)
         if self._is_last and (refused is not None or losses.trains):  # else the step's end says what is wrong
             self._optimizer.tell(self._channels(), _told(losses, refused, losses.total() if refused is None else 1.0))
+
+    def _settle(self, update: Update, losses: Losses, step: int) -> str | None:
+        """After the update: raises where a number was not finite, or under fp16 fits the scale and says where it was."""
+        found = update.non_finite
+        stage = None if found is None else self._spec.topology.place(found.rank).stage
+        if self._loss_scale is None:
+            if found is not None and stage is not None:
+                raise gradient_error(found, stage, step, agreed=self._optimizer.agrees)
+            return None
+        if not update.refused:
+            self._loss_scale.update(skipped=found is not None)
+        if found is None or stage is None:
+            return None
+        if self._loss_scale.exhausted:
+            raise scale_error(found, stage, step, self._loss_scale.value, self._loss_scale.skipped)
+        loss = losses.non_finite() if self._is_last else None  # it comes before any gradient
+        return f"stage {stage}, {found}" if loss is None else f"stage {self._stage}, the loss of microbatch {loss[0]}"
 
     def _flush(self) -> RankWork[None]:
         yield self._channels().flush()
@@ -213,5 +243,7 @@ class StageWorker:
 
 
 def _told(losses: Losses, refused: str | None, divisor: float) -> float:
-    """What the optimizers are told: the divisor, or 0 for a batch whose gradients are thrown away."""
-    return 0.0 if refused is not None or losses.divisor == 0 else divisor
+    """What the optimizers are told: the divisor, 0 for a batch whose gradients are thrown away, NaN after such a loss."""
+    if refused is not None or losses.divisor == 0:
+        return 0.0
+    return divisor if losses.non_finite() is None else math.nan
