@@ -158,8 +158,10 @@ class NonFiniteError(StepError):
         super().__init__(f"stage {stage}, step {step}: {reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        named = {"microbatch": self.microbatch, "parameter": self.parameter, "position": self.position}
-        return functools.partial(type(self), **named), (self.step, self.stage, self.reason)
+        where = functools.partial(
+            type(self), microbatch=self.microbatch, parameter=self.parameter, position=self.position
+        )
+        return where, (self.step, self.stage, self.reason)
 
 
 class PeerLost(StepError):

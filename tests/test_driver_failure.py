@@ -60,7 +60,9 @@ def test_what_was_refused_would_be_refused_again() -> None:
 
 
 def test_a_nan_is_traced_to_the_last_parameter_and_not_tried_again() -> None:
-    first, last = (NonFiniteError(3, stage, "no", parameter="w", position=position) for stage, position in ((0, 1), (1, 9)))
+    first, last = (
+        NonFiniteError(3, stage, "no", parameter="w", position=position) for stage, position in ((0, 1), (1, 9))
+    )
     assert first_cause(status(first, last, PEER)) is last
     assert first_cause(status(CODE, PEER, LOST)) is CODE
     assert decide(status(first), 5) is Decision.RAISE

@@ -23,6 +23,7 @@ def test_matrix_products_run_in_the_low_type_and_weights_stay(name: str) -> None
 def test_a_cast_is_not_kept_for_others() -> None:
     """Neither is a weight's new value missed, nor are gradients of two uses summed in the low type."""
     layer = nn.Linear(2, 2, bias=False)
+    nn.init.ones_(layer.weight)
     x = torch.ones(1, 2)
     with Precision("bf16").autocast():
         before = layer(x)

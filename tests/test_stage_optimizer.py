@@ -154,7 +154,10 @@ NAN = float("nan")
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_a_gradient_that_is_not_finite_never_reaches_a_weight(max_norm: float | None, bad: float) -> None:
     """Where ranks wait for each other's norms none of them steps; else the others may have."""
-    ranks = [{"a": parameter([3.0, 0.0]), "b": parameter([bad, 1.0])}, {"a": parameter([0.0, 0.0]), "c": parameter([2.0, 0.0])}]
+    ranks = [
+        {"a": parameter([3.0, 0.0]), "b": parameter([bad, 1.0])},
+        {"a": parameter([0.0, 0.0]), "c": parameter([2.0, 0.0])},
+    ]
     updates = finish(ranks, SHARED, divisor=2.0, max_norm=max_norm)
     assert updates[0].non_finite == NonFinite(0, "b", pytest.approx(bad, nan_ok=True), 1)
     assert updates[0].lr == (1.0,)

@@ -27,12 +27,12 @@ def step_metrics(reports: Sequence[TrainReport], gradients: Gradients) -> dict[s
     Returns:
         ``loss``; ``grad_norm`` before clipping; ``lr`` of the first parameter group; ``samples``; ``microbatches``;
         ``seconds``, of the slowest rank; ``bubble``, the share of the stages' time in which no action was computed;
-        ``peak_in_flight``, by stage. Under fp16 also ``loss_scale``; ``skipped``, whether the weights stayed as they were;
-        ``non_finite``, where the number arose that was the reason, or None.
+        ``peak_in_flight``, by stage. Under fp16 also ``loss_scale``; ``skipped``, whether the weights stayed as they
+        were; ``non_finite``, where the number arose that was the reason, or None.
     """
     last = next(report for report in reports if report.loss is not None)
     norms = [torch.from_numpy(report.norms.copy()) for report in reports]
-    metrics = {
+    metrics: dict[str, Any] = {
         "step": last.step,
         "loss": last.loss,
         "grad_norm": global_norm(gradients, norms) / (last.divisor or 1.0),
@@ -44,8 +44,8 @@ def step_metrics(reports: Sequence[TrainReport], gradients: Gradients) -> dict[s
         "peak_in_flight": tuple(report.trace.peak_in_flight for report in reports),
     }
     if last.loss_scale is not None:
-        scaled = {"loss_scale": last.loss_scale, "skipped": last.non_finite is not None, "non_finite": last.non_finite}
-        metrics.update(scaled)
+        where = last.non_finite
+        metrics.update(loss_scale=last.loss_scale, skipped=where is not None, non_finite=where)
     return metrics
 
 

@@ -52,7 +52,7 @@ class Precision:
 
     @property
     def boundary(self) -> torch.dtype | None:
-        """What float32 values with a gradient travel as from stage to stage, and their gradients back; None: as they are.
+        """What float32 values with a gradient travel as between stages, and their gradients back; None: as they are.
 
         Float16 ends at 65504. Sums of many blocks (a residual stream) and scaled gradients go beyond, and an autocast
         loop keeps those in float32; so under fp16 they travel in float32 too, and no cut changes a bit.

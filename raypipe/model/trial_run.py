@@ -76,7 +76,7 @@ def _shaken(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def tolerance_of(model: nn.Module, low: torch.dtype | None = None) -> float:
-    """Relative differences that rounding makes between two batch sizes, for the model's coarsest dtype, or autocast's."""
+    """Relative differences that rounding makes between two batch sizes, for the coarsest dtype, autocast's included."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     dtypes = [torch.float32 if low is None else low, *(t.dtype for t in tensors)]
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)

@@ -44,7 +44,11 @@ class Boundary:
         self._any_changed = any(self._changed)
         travel = [recording.travels(value) for value in values]
         self.specs = tuple(_packed_spec(spec, order) for spec, order in zip(travel, self._orders, strict=True))
-        back = [(v.spec.dtype, s, order) for v, s, order in zip(values, travel, self._orders, strict=True) if v.requires_grad]
+        back = [
+            (v.spec.dtype, s, order)
+            for v, s, order in zip(values, travel, self._orders, strict=True)
+            if v.requires_grad
+        ]
         self._back = tuple((dtype, spec.dtype, order) for dtype, spec, order in back)
         asked = tuple(s for v, s in zip(values, self.specs, strict=True) if v.requires_grad and trained)
         self.gradient_specs = (*asked, TensorSpec((len(asked),), torch.bool)) if asked else ()

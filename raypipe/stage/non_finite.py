@@ -67,7 +67,8 @@ def gradient_error(found: NonFinite, stage: int, step: int, *, agreed: bool) -> 
     weights = (
         "no stage has updated its weights"
         if agreed
-        else "this stage has not updated its weights, other stages may have (with max_grad_norm they wait for each other),"
+        else "this stage has not updated its weights, other stages may have (they wait for each other where max_grad_norm "
+        "is given),"
     )
     return NonFiniteError(
         step,
@@ -84,8 +85,8 @@ def loss_error(loss: float, microbatch: int, stage: int, step: int) -> NonFinite
     return NonFiniteError(
         step,
         stage,
-        f"the loss of microbatch {microbatch} is {loss}; no stage has updated its weights and the trainer is shut down: "
-        "look at this step's batch, or lower the learning rate",
+        f"the loss of microbatch {microbatch} is {loss}; no stage has updated its weights and the trainer is shut "
+        "down: look at this step's batch, or lower the learning rate",
         microbatch=microbatch,
     )
 
@@ -96,8 +97,8 @@ def scale_error(found: NonFinite, stage: int, step: int, scale: float, skipped: 
         step,
         stage,
         f"{found} was not finite in {skipped} steps in a row, down to a loss scale of {scale:.3g}, so it does not "
-        "merely overflow float16; the weights are as they were before and the trainer is shut down: look at the batches, "
-        "lower the learning rate, or take precision='bf16', which has the range of float32",
+        "merely overflow float16; the weights are as they were before and the trainer is shut down: look at the "
+        "batches, lower the learning rate, or take precision='bf16', which has the range of float32",
         parameter=found.parameter,
         position=found.position,
     )

@@ -71,8 +71,7 @@ class StageOptimizer:
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._owned = [self._parameters[name] for name in gradients.owned[rank]]
         self._lengths = [
-            (rank_ == divisor_rank) + (len(owned) if self.agrees else 0)
-            for rank_, owned in enumerate(gradients.owned)
+            (rank_ == divisor_rank) + (len(owned) if self.agrees else 0) for rank_, owned in enumerate(gradients.owned)
         ]
         # Without norms to gather, the divisor is all that is told; it is known long before the step's end.
         self._early = not self.agrees and divisor_rank is not None
@@ -110,8 +109,8 @@ class StageOptimizer:
         Args:
             transport: of this rank.
             divisor: what the gradients are still to be divided by, on the rank that knows it; 0 for a batch that is
-                refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike. NaN where
-                the loss is not finite.
+                refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike. NaN
+                where the loss is not finite.
             loss_scale: what else they are to be divided by; 1 where ranks do not agree.
         """
         yield from self._reduce_shared(transport)

@@ -170,7 +170,7 @@ class StageWorker:
             self._optimizer.tell(self._channels(), _told(losses, refused, losses.total() if refused is None else 1.0))
 
     def _settle(self, update: Update, losses: Losses, step: int) -> str | None:
-        """After the update: raises where a number was not finite, or under fp16 fits the scale and says where it was."""
+        """After the update: raises where a number was not finite; under fp16 fits the scale and says where it was."""
         found = update.non_finite
         stage = None if found is None else self._spec.topology.place(found.rank).stage
         if self._loss_scale is None:
@@ -243,7 +243,7 @@ class StageWorker:
 
 
 def _told(losses: Losses, refused: str | None, divisor: float) -> float:
-    """What the optimizers are told: the divisor, 0 for a batch whose gradients are thrown away, NaN after such a loss."""
+    """What the optimizers are told: the divisor, 0 for a batch that is refused, NaN where the loss is not finite."""
     if refused is not None or losses.divisor == 0:
         return 0.0
     return divisor if losses.non_finite() is None else math.nan
