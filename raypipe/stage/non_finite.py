@@ -64,16 +64,15 @@ def gradient_error(found: NonFinite, stage: int, step: int, *, agreed: bool) -> 
         step: number of the step.
         agreed: whether all ranks knew before any of them updated its weights.
     """
-    weights = (
-        "no stage has updated its weights"
-        if agreed
-        else "this stage has not updated its weights, other stages may have (they wait for each other where max_grad_norm "
-        "is given),"
-    )
+    others = "no stage has updated its weights"
+    if not agreed:
+        others = (
+            "this stage has not updated its weights, others may have (with max_grad_norm they wait for each other),"
+        )
     return NonFiniteError(
         step,
         stage,
-        f"{found} has the norm {found.norm}; {weights} and the trainer is shut down: look at this step's batch, or "
+        f"{found} has the norm {found.norm}; {others} and the trainer is shut down: look at this step's batch, or "
         "lower the learning rate",
         parameter=found.parameter,
         position=found.position,
