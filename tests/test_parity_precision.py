@@ -13,7 +13,7 @@ from families import FAMILIES
 from torch import Tensor, nn
 from training import Run, batches_of_tokens, gpt, piped, relative, trainer_of, unsplit
 
-from raypipe import NonFiniteError, PipelineTrainer
+from raypipe import BatchError, NonFiniteError, PipelineTrainer
 from raypipe.transport.memory import MemoryTransport
 
 if TYPE_CHECKING:
@@ -264,6 +264,69 @@ def test_where_no_scale_helps_there_is_an_error() -> None:
             assert trainer.train_step(fragile_batch(flag=0.0))["skipped"]
         with pytest.raises(NonFiniteError, match=r"30 steps in a row.* take precision='bf16'"):
             trainer.train_step(fragile_batch(flag=0.0))
+
+
+@pytest.mark.parametrize("options", [{"balance": "time"}, {"schedule": "auto"}], ids=["time", "auto"])
+def test_a_callable_is_built_timed_and_trained_in_bf16(options: dict[str, Any]) -> None:
+    batches = batches_of_tokens(2)
+    more: dict[str, Any] = {"optimizer": sgd, "microbatches": 4, "precision": "bf16", "datasets": {"train": batches}}
+    with trainer_of(gpt, 2, **more, **options) as trainer:  # type: ignore[arg-type]
+        wanted = unsplit_callable(trainer, batches)
+        found = [trainer.train_step(batch)["loss"] for batch in batches]
+    assert found == pytest.approx(wanted, rel=2e-2)
+
+
+def unsplit_callable(trainer: PipelineTrainer, batches: Sequence[Any]) -> list[float]:
+    model = gpt()
+    model.load_state_dict(trainer.state_dict())
+    return unsplit(model, batches, sgd, loss=autocast_loss).losses
+
+
+class Mixed(nn.Module):
+    """Runs under autocast alone: a frozen bfloat16 layer feeds trained float32 ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(6, 6, dtype=torch.bfloat16).requires_grad_(False)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.base(x)
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return nn.functional.mse_loss(x.float(), y)
+
+
+def test_a_model_that_runs_under_autocast_alone() -> None:
+    batch = {name: fragile_batch()[name] for name in "xy"}
+    found = piped(Mixed(), [batch] * 2, 2, optimizer=sgd, microbatches=2, precision="bf16")
+    wanted = unsplit(Mixed(), [batch] * 2, sgd, loss=autocast_loss)
+    assert found.losses == pytest.approx(wanted.losses, rel=2e-2)
+    with pytest.raises(RuntimeError, match="dtype"):
+        trainer_of(Mixed(), 2, example=batch)
+
+
+def test_a_small_term_that_no_rule_splits_is_refused_as_in_float32() -> None:
+    """Rounding of bfloat16 would hide it; so the rule is probed in float32."""
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        outputs = outputs.float()
+        return outputs.square().mean() + 1e-4 * outputs.mean(0).square().sum()
+
+    batch = {"tokens": batches_of_tokens(1)[0]["tokens"]}
+    with pytest.raises(BatchError, match="compares samples with each other"):
+        trainer_of(gpt(), 2, example=batch, loss=loss, precision="bf16")
+
+
+def test_in_fp16_a_refused_batch_leaves_the_scale_as_it_is() -> None:
+    (batch,) = batches_of_tokens(1)
+    empty = {**batch, "targets": torch.full_like(batch["targets"], -100)}
+    with trainer_of(gpt(), 2, example=batch, optimizer=sgd, microbatches=2, precision="fp16") as trainer:
+        with pytest.raises(BatchError, match="no microbatch of the batch has a valid target"):
+            trainer.train_step(empty)
+        metrics = trainer.train_step(batch)
+    assert (metrics["loss_scale"], metrics["skipped"]) == (65536.0, False)
 
 
 def test_weights_to_train_in_bfloat16_are_refused() -> None:
