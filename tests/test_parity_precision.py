@@ -193,17 +193,18 @@ class Fragile(nn.Module):
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(Block(number == 2) for number in range(4))
 
-    def forward(self, x: Tensor, y: Tensor, flag: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, flag: Tensor, shift: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x, flag)
-        return nn.functional.mse_loss(x.float(), y)
+        return nn.functional.mse_loss(x.float(), y) + shift.mean()  # which has no part in any gradient
 
 
-def fragile_batch(*, flag: float = 1.0, y: float = 0.5) -> dict[str, Tensor]:
+def fragile_batch(*, flag: float = 1.0, shift: float = 0.0) -> dict[str, Tensor]:
     """Eight samples; what is said is said of the sixth."""
     noise = torch.Generator().manual_seed(3)
-    batch = {"x": torch.randn(8, 6, generator=noise), "y": torch.full((8, 6), 0.5), "flag": torch.ones(8)}
-    batch["flag"][5], batch["y"][5] = flag, y
+    batch = {"x": torch.randn(8, 6, generator=noise), "y": torch.full((8, 6), 0.5)}
+    batch |= {"flag": torch.ones(8), "shift": torch.zeros(8)}
+    batch["flag"][5], batch["shift"][5] = flag, shift
     return batch
 
 
@@ -212,24 +213,43 @@ def fragile(precision: str, **options: Any) -> PipelineTrainer:
     return trainer_of(Fragile(), 4, example=fragile_batch(), **more)
 
 
+class Counting(torch.optim.SGD):
+    """Notes each step by the first of its parameters."""
+
+    def __init__(self, named: Any, steps: list[str]) -> None:
+        self.first, self.steps = next(iter(named))[0], steps
+        super().__init__(named, lr=0.1)
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps.append(self.first)
+        return super().step(closure)
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_nan_gradient_is_one_error_that_names_its_parameter(precision: str, max_norm: float | None) -> None:
-    with fragile(precision, max_grad_norm=max_norm) as trainer:
+    steps: list[str] = []
+    with fragile(precision, max_grad_norm=max_norm, optimizer=lambda named: Counting(named, steps)) as trainer:
         trainer.train_step(fragile_batch())
+        steps.clear()
         with pytest.raises(
             NonFiniteError, match=r"stage 2, step 1: the gradient of blocks\.2\.linear\.bias has .* nan;"
         ):
             trainer.train_step(fragile_batch(flag=0.0))
         with pytest.raises(RuntimeError, match="shut down"):
             trainer.train_step(fragile_batch())
+    assert steps == ([] if max_norm else ["blocks.3.linear.weight"])  # the last stage has no NaN and waits for nobody
 
 
 @pytest.mark.parametrize("weight", ["samples", "targets"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_one_error_that_names_its_microbatch(value: float, weight: str) -> None:
-    with fragile("fp32", microbatch_weight=weight) as trainer, pytest.raises(NonFiniteError) as caught:
-        trainer.train_step(fragile_batch(y=value))
+    steps: list[str] = []
+    options = {"microbatch_weight": weight, "optimizer": lambda named: Counting(named, steps)}
+    with fragile("fp32", **options) as trainer, pytest.raises(NonFiniteError) as caught:
+        steps.clear()
+        trainer.train_step(fragile_batch(shift=value))
+    assert not steps
     error = caught.value
     assert (error.step, error.stage, error.microbatch, error.parameter) == (0, 3, 2, None)
     assert f"the loss of microbatch 2 is {value}; no stage has updated its weights" in str(error)
@@ -244,7 +264,7 @@ def test_in_fp16_a_step_is_skipped_on_all_ranks_together() -> None:
         assert (taken["skipped"], taken["loss_scale"], taken["non_finite"]) == (False, 65536.0, None)
         before = trainer.state_dict()
         gradient = trainer.train_step(fragile_batch(flag=0.0))
-        loss = trainer.train_step(fragile_batch(y=math.nan))
+        loss = trainer.train_step(fragile_batch(shift=math.nan))
         assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state_dict().items())
         after = trainer.train_step(fragile_batch())
         changed = trainer.state_dict()
