@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from raypipe.errors import (
     BatchError,
     CutError,
+    NonFiniteError,
     PeerLost,
     RaypipeError,
     ResourcesError,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchError",
     "CutError",
+    "NonFiniteError",
     "PeerLost",
     "PipelineTrainer",
     "Plan",

@@ -26,8 +26,8 @@ from raypipe.model.seeds import kept_state
 from raypipe.model.twin import Twin
 from raypipe.options import Options
 from raypipe.schedule import Costs, Op, Schedule
-from raypipe.stage.holders import largest_part
 from raypipe.schedule.memory import peak_bytes, peak_bytes_again, peak_in_flight
+from raypipe.stage.holders import largest_part
 from raypipe.stage.inbox import AHEAD
 from raypipe.stage.state_bytes import state_bytes
 
@@ -108,6 +108,7 @@ def _observed(twin: Twin, caller: Caller, batch: Any, saved: Saved | None) -> tu
 
     with refuse_foreign_random_numbers():
         recording = record(twin, forward, saved)
+    recording.low = caller.precision.boundary
     if saved is not None and outputs:
         saved.complete()
         # The loss runs for real in the last stage, whatever it does; what fakes cannot follow of it is not counted.

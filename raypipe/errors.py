@@ -9,6 +9,7 @@
         ├── StageError       an exception of the user's code, or of ours, on one stage
         ├── StageLost        a stage's process is gone
         ├── StageStuck       a stage makes no progress
+        ├── NonFiniteError   a loss or a gradient that is NaN or infinite
         └── PeerLost         a neighbour's connection closed: secondary, never the cause
 
 All of them survive pickling with their attributes.
@@ -16,12 +17,14 @@ All of them survive pickling with their attributes.
 
 from __future__ import annotations
 
+import functools
 import traceback
 from typing import Any
 
 __all__ = [
     "BatchError",
     "CutError",
+    "NonFiniteError",
     "PeerLost",
     "RaypipeError",
     "ResourcesError",
@@ -139,6 +142,34 @@ class StageStuck(StepError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.stage, self.action, self.seconds, self.ranks, self.replica)
+
+
+class NonFiniteError(StepError):
+    """A loss or a gradient is NaN or infinite. It never reaches a weight.
+
+    Attributes: ``step``, ``stage``, ``reason``; ``microbatch`` whose loss it is, or None; ``parameter`` whose gradient
+    it is, or None; ``position``, that parameter's number in model order (a backward comes to the last one first).
+    """
+
+    def __init__(
+        self,
+        step: int,
+        stage: int,
+        reason: str,
+        *,
+        microbatch: int | None = None,
+        parameter: str | None = None,
+        position: int = 0,
+    ) -> None:
+        self.step, self.stage, self.reason = step, stage, reason
+        self.microbatch, self.parameter, self.position = microbatch, parameter, position
+        super().__init__(f"stage {stage}, step {step}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        where = functools.partial(
+            type(self), microbatch=self.microbatch, parameter=self.parameter, position=self.position
+        )
+        return where, (self.step, self.stage, self.reason)
 
 
 class PeerLost(StepError):

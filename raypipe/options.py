@@ -13,6 +13,7 @@ from raypipe.data import Source, open_source
 from raypipe.data.adapters import OnceSource
 from raypipe.driver.resources import check_resources
 from raypipe.model.partition import check_balance
+from raypipe.model.precision import Precision
 from raypipe.model.recomputing import check_recompute
 from raypipe.model.weights import LossRule
 from raypipe.schedule import Auto, Schedule, chunks_of, names
@@ -31,7 +32,6 @@ __all__ = [
 NOT_YET: Mapping[str, Any] = {
     "tensor_parallel": 1,
     "tensor_parallel_plan": None,
-    "precision": "fp32",
     "checkpoint_every": None,
     "snapshot_every": None,
     "elastic": False,
@@ -63,6 +63,7 @@ class Options:
     balance: str | Sequence[int] = "flops"
     recompute: str | Callable[[str], bool] = "none"
     compile: bool = False
+    precision: str = "fp32"
     batch_norm: str | None = None
     threads: int | None = None
     data_parallel: int = 1
@@ -94,6 +95,7 @@ class Options:
         if self.batch_norm not in (None, "microbatch"):
             raise ValueError(f"batch_norm is {self.batch_norm!r}, but must be 'microbatch' or None")
         self._check_shard()
+        Precision(self.precision)
         self._check_callables()
         self._check_schedule()
         self._check_resources()

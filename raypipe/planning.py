@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from raypipe.checks import (
 from raypipe.choosing import chosen
 from raypipe.cutting import Cutter
 from raypipe.data.wire import pack, unpack
-from raypipe.errors import BatchError
+from raypipe.errors import BatchError, CutError
+from raypipe.model import gradient_check, trial_run
 from raypipe.model.build import Skeleton, make_skeleton
 from raypipe.model.call import Caller
 from raypipe.model.cost import CallTime
@@ -28,15 +30,16 @@ from raypipe.model.lent import lent
 from raypipe.model.measure import measure, runnable_copy
 from raypipe.model.microbatch import BatchLayout, find_layout
 from raypipe.model.origin import Origin, origin_of
+from raypipe.model.precision import Precision, refuse_low_weights
 from raypipe.model.pretrained import Pretrained
-from raypipe.model.probe import confirm, find_rule, probe
+from raypipe.model.probe import confirm, probe
 from raypipe.model.recomputing import Recomputed, charge, recomputed_units
 from raypipe.model.recording import Recording
 from raypipe.model.split_coverage import Coverage, coverage
 from raypipe.model.streamed import streaming
 from raypipe.model.streamed_gradients import streaming_gradients
-from raypipe.model.trial_run import tolerance_of
 from raypipe.model.twin import Twin
+from raypipe.model.unit_weight import with_unit
 from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
 from raypipe.plan import Plan
@@ -65,7 +68,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     refuse_parameters_in_functions(options)
     origin = planned_origin(model, options.seed) if isinstance(model, nn.Module) else model
     model = origin.model
-    caller = Caller(options.forward, options.loss)
+    caller = Caller(options.forward, options.loss, Precision(options.precision))
     batch = unpack(pack(batch))
     caller.check(batch)  # before it is cut, so that the sentence speaks of the user's batch
     layout = find_layout(batch, options.batch_dims)
@@ -75,6 +78,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     microbatches = share_of(layout, batch, 0, replicas, options.most_microbatches).microbatches
     if training:
         refuse_untrainable(model)
+        refuse_low_weights(model, caller.precision)
     skeleton = make_skeleton(model, options.units, None if origin.is_whole else origin.tensor)
     if not (training and skeleton.model.training):  # a root in train mode keeps its submodules' own modes
         skeleton.model.train(training)
@@ -157,25 +161,47 @@ def _try_optimizers(plan: Plan) -> None:
 def _find_rule(
     origin: Origin, skeleton: Skeleton, caller: Caller, batch: Any, layout: BatchLayout, options: Options
 ) -> LossRule:
-    """The probe runs in the modes of training, on a copy that shares the model's tensors, or makes them in passing."""
-    if options.microbatch_weight is not None:
+    """By a probe in float32, whatever the precision: a rule is the loss's own, and rounding hides least there.
+
+    Under autocast is probed only what does not run without it.
+    """
+    if options.microbatch_weight is not None and caller.precision.dtype is None:
         return LossRule.given(options.microbatch_weight)
     try:
-        if not origin.is_whole:
-            observe = streaming(skeleton, origin.tensor, options.units, caller)
-            tolerance = tolerance_of(skeleton.model)
-            rule = probe(observe, batch, layout, tolerance)
-            confirm(rule, streaming_gradients(skeleton, origin.tensor, options.units, caller), batch, layout, tolerance)
-            return rule
+        return _probed(origin, skeleton, replace(caller, precision=Precision()), batch, layout, options)
+    except (BatchError, CutError):
+        raise
+    except Exception:
+        if caller.precision.dtype is None:
+            raise
+        return _probed(origin, skeleton, caller, batch, layout, options)
+
+
+def _probed(
+    origin: Origin, skeleton: Skeleton, caller: Caller, batch: Any, layout: BatchLayout, options: Options
+) -> LossRule:
+    """The probe runs in the modes of training, on a copy that shares the model's tensors, or makes them in passing."""
+    if origin.is_whole:
         tensors = [*origin.model.parameters(), *origin.model.buffers()]
         copy = replace_tensors(origin.model, {id(tensor): tensor for tensor in tensors})
         if not copy.training:
             copy.train()
-        return find_rule(copy, caller, batch, layout)
-    except BatchError:
-        if options.most_pieces > 1:
-            raise
-        return LossRule.given("samples")  # a batch that is never cut needs no rule; an evaluation weighs batches so
+        observe, gradients_of = trial_run.in_process(copy, caller), gradient_check.in_process(copy, caller)
+    else:
+        observe = streaming(skeleton, origin.tensor, options.units, caller)
+        gradients_of = streaming_gradients(skeleton, origin.tensor, options.units, caller)
+    if options.microbatch_weight is not None:
+        rule = LossRule.given(options.microbatch_weight)
+    else:
+        try:
+            tolerance = trial_run.tolerance_of(skeleton.model, caller.precision.dtype)
+            rule = probe(observe, batch, layout, tolerance)
+            confirm(rule, gradients_of, batch, layout, tolerance)
+        except BatchError:
+            if options.most_pieces > 1:
+                raise
+            rule = LossRule.given("samples")  # a batch that is never cut needs none; an evaluation weighs batches so
+    return rule if options.precision == "fp32" else with_unit(rule, observe, batch, layout)
 
 
 def planned_origin(model: object, seed: int) -> Origin:

@@ -66,6 +66,8 @@ class PipelineTrainer:
         recompute: ``"full"``: every unit keeps its arguments alone and runs again in its backward, for less memory and
             a forward more; ``recompute(unit_name) -> bool`` chooses units (docs/memory.md).
         compile: ``torch.compile`` every unit, each kind once a rank; on CPUs every node needs a C++ compiler.
+        precision: ``"fp32"``: the model's own types; ``"bf16"`` or ``"fp16"``: forwards and losses under autocast, with
+            weights, gradients and optimizer states in float32; fp16 with loss scaling.
         batch_norm: ``"microbatch"`` accepts BatchNorm with a microbatch's own statistics.
         data_parallel: copies of the whole pipeline; each batch is split among them by sample.
         shard: what the copies share out: ``"optimizer"`` (ZeRO-1: each keeps and steps the state of a part), or None.
@@ -107,6 +109,7 @@ class PipelineTrainer:
         balance: str | Sequence[int] = "flops",
         recompute: str | Callable[[str], bool] = "none",
         compile: bool = False,
+        precision: str = "fp32",
         batch_norm: str | None = None,
         data_parallel: int = 1,
         shard: str | None = None,
@@ -139,6 +142,7 @@ class PipelineTrainer:
             balance=balance,
             recompute=recompute,
             compile=compile,
+            precision=precision,
             batch_norm=batch_norm,
             data_parallel=data_parallel,
             shard=shard,
@@ -203,9 +207,11 @@ class PipelineTrainer:
         Returns:
             ``loss``, ``grad_norm`` (before clipping), ``lr``, ``samples``, ``seconds``, ``bubble`` (share of the ranks'
             time in which no action was computed), ``step``, ``microbatches`` (of a replica), ``peak_in_flight`` by
-            stage.
+            stage. With ``precision="fp16"`` also ``loss_scale``, ``skipped`` (a gradient overflowed: no weight has
+            changed), and ``non_finite``, where that was.
 
         Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite; under fp16 only where no loss scale helps.
             StepError: the step failed; the trainer is then shut down.
         """
         controller = self._started(batch)

@@ -86,6 +86,7 @@ def assert_words(text: str, *words: str) -> None:
         ({"shard": "parameters", "data_parallel": 2}, ValueError, ("shard='parameters'", "not built yet", "optimizer")),
         ({"shard": "optimizer"}, ValueError, ("data_parallel is 1", "leave shard out")),
         ({"evaluate_every": 5}, ValueError, ("evaluate_every=5", "valid")),
+        ({"precision": "fp8"}, ValueError, ("precision is 'fp8'", "'fp32', 'bf16', 'fp16'")),
         ({"stage": 4}, TypeError, ("no argument 'stage'",)),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -98,7 +99,6 @@ def test_arguments(options: dict[str, Any], kind: type[Exception], words: tuple[
 LATER = {
     "tensor_parallel": 2,
     "tensor_parallel_plan": {"*": None},
-    "precision": "bf16",
     "checkpoint_every": 100,
     "snapshot_every": 10,
     "elastic": True,

@@ -6,7 +6,7 @@ import pytest
 
 from raypipe.driver.failure import Decision, decide, explains, first_cause
 from raypipe.driver.status import Failed, Finished, GroupStatus, Running
-from raypipe.errors import CutError, PeerLost, StageError, StageLost, StageStuck
+from raypipe.errors import CutError, NonFiniteError, PeerLost, StageError, StageLost, StageStuck
 
 CODE = StageError(1, "2F0", 3, ValueError("boom"))
 LOST = StageLost(2, 2, "killed")
@@ -57,3 +57,12 @@ def test_a_step_is_tried_again_only_where_a_restart_is_left(error: BaseException
 
 def test_what_was_refused_would_be_refused_again() -> None:
     assert decide(status(CutError("no"), PEER), 5) is Decision.RAISE
+
+
+def test_a_nan_is_traced_to_the_last_parameter_and_not_tried_again() -> None:
+    first, last = (
+        NonFiniteError(3, stage, "no", parameter="w", position=position) for stage, position in ((0, 1), (1, 9))
+    )
+    assert first_cause(status(first, last, PEER)) is last
+    assert first_cause(status(CODE, PEER, LOST)) is CODE
+    assert decide(status(first), 5) is Decision.RAISE

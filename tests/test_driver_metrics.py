@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -71,3 +72,14 @@ def test_an_evaluation_averages_losses_by_weight_and_metrics_by_samples() -> Non
 )
 def test_tokens(batch: Any, tokens: int | None) -> None:
     assert tokens_in(batch) == tokens
+
+
+def test_under_fp16_a_step_says_whether_it_was_skipped() -> None:
+    plain = report([[0, 0, 2], [2, 8, 10]], 1.5, 2.0, norms=[6.0])
+    owned = Gradients((("a",),), ("a",))
+    assert "skipped" not in step_metrics([plain], owned)
+    taken = dataclasses.replace(plain, loss_scale=1024.0)
+    skipped = dataclasses.replace(taken, non_finite="stage 0, the gradient of a")
+    keys = ("loss_scale", "skipped", "non_finite")
+    assert [step_metrics([taken], owned)[key] for key in keys] == [1024.0, False, None]
+    assert [step_metrics([skipped], owned)[key] for key in keys] == [1024.0, True, "stage 0, the gradient of a"]

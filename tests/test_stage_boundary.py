@@ -79,3 +79,37 @@ def test_a_gradient_that_was_not_planned_is_refused() -> None:
     with pytest.raises(CutError, match=r"made by mul \(.*\) does not require a gradient, unlike when it was planned"):
         boundary().roots(tensors)
     assert len(boundary().roots([tensors[0].requires_grad_(), *tensors[1:]])) == 2
+
+
+def test_under_bf16_what_has_a_gradient_travels_in_half_the_bytes_both_ways() -> None:
+    recording = recorded(Stack(spread), batch())
+    recording.low = torch.bfloat16
+    low = boundaries(recording, (1,))[1]
+    assert [s.dtype for s in low.specs] == [torch.bfloat16, torch.int64, torch.bfloat16]
+    assert [s.dtype for s in low.gradient_specs] == [torch.bfloat16, torch.bfloat16, torch.bool]
+    for own, plain in zip(low.specs, boundary().specs, strict=True):
+        assert own.shape == plain.shape
+        assert own.nbytes == (plain.nbytes // 2 if plain.dtype is torch.float32 else plain.nbytes)
+    turned, index, kept = torch.randn(4, WIDTH).T, torch.arange(4), torch.randn(4, WIDTH)
+    message = low.pack([turned, index, kept])
+    assert [(tuple(t.shape), t.dtype) for t in message] == [(s.shape, s.dtype) for s in low.specs]
+    leaves, tensors = low.unpack(message, training=True)
+    assert [t.dtype for t in tensors] == [torch.float32, torch.int64, torch.float32]
+    assert tensors[0].stride() == turned.stride()
+    assert torch.equal(tensors[0], turned.bfloat16().float())
+    (leaves[0] * 1.001).sum().backward()
+    sent = low.pack_gradients(leaves)
+    assert [(tuple(t.shape), t.dtype) for t in sent] == [(s.shape, s.dtype) for s in low.gradient_specs]
+    one, none = low.unpack_gradients(sent)
+    assert one is not None
+    assert one.dtype is torch.float32
+    assert torch.equal(one, torch.full((WIDTH, 4), 1.001).bfloat16().float())
+    assert none is None
+
+
+def test_without_a_gradient_a_value_keeps_its_digits() -> None:
+    """Masks and positions in float32, and all that an evaluation sends."""
+    with torch.no_grad():
+        recording = recorded(Stack(spread), batch())
+    recording.low = torch.bfloat16
+    assert [s.dtype for s in boundaries(recording, (1,))[1].specs] == [torch.float32, torch.int64, torch.float32]

@@ -75,3 +75,28 @@ def test_a_loss_without_gradient_is_refused() -> None:
     assert losses.refusal() is None
     with pytest.raises(ValueError, match="the loss does not require a gradient"):
         losses.total()
+
+
+def test_backwards_start_from_the_weight_in_its_unit_times_the_scale() -> None:
+    _, microbatches = cut([[0, 1]] * 2 + [[3, -100], [-100, -100]])
+    for rule, share, rest in ((LossRule(Rule.TARGETS, unit=8.0), 1 / 8, 5 / 8), (LossRule(Rule.SAMPLES), 2 / 4, 1.0)):
+        losses = Losses(rule, Caller(), microbatches, scale=1024.0)
+        for number in range(2):
+            loss = losses.forward(number, lambda number=number: loss_of(microbatches[number].batch))
+            assert loss is not None
+        loss.retain_grad()
+        losses.backward(1, loss)
+        assert loss.grad is not None
+        assert loss.grad.item() == share * 1024
+        assert losses.total() == rest
+
+
+def test_a_loss_that_is_not_finite_is_found_if_it_counts() -> None:
+    _, microbatches = cut([[0, 1]] * 6)
+    values = iter([2.0, float("nan"), float("inf")])
+    weights = iter([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    losses = Losses(LossRule(lambda batch: next(weights)), Caller(), microbatches)
+    for number in range(3):
+        assert losses.non_finite() is None
+        losses.forward(number, lambda: torch.tensor(next(values), requires_grad=True))
+    assert losses.non_finite() == (2, float("inf"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from raypipe.stage.non_finite import NonFinite
 from raypipe.stage.optimizer import StageOptimizer, Update, global_norm
 from raypipe.stage.protocol import RankWork, run_blocking
 from raypipe.stage.spec import Gradients
@@ -34,9 +35,17 @@ def finish(
     for rank, parameters in enumerate(ranks):
         known = options.get("known", False)
         made = StageOptimizer(
-            rank, parameters, gradients, sgd, None, options.get("max_norm"), None if known else len(ranks) - 1
+            rank,
+            parameters,
+            gradients,
+            sgd,
+            None,
+            options.get("max_norm"),
+            None if known else len(ranks) - 1,
+            options.get("agree", False),
         )
-        works[rank] = made.finish(hub.transport(rank), divisor if known or rank == len(ranks) - 1 else 1.0)
+        told = divisor if known or rank == len(ranks) - 1 else 1.0
+        works[rank] = made.finish(hub.transport(rank), told, options.get("loss_scale", 1.0))
     waiting: dict[int, Any] = {}
     while works:
         for rank, work in list(works.items()):
@@ -136,3 +145,40 @@ def test_the_scheduler_steps_with_the_optimizer() -> None:
     hub = MemoryHub(1)
     rates = [run_blocking(optimizer.finish(hub.transport(0), 1.0), 1.0).lr for _ in range(3)]
     assert rates == [(1.0,), (0.5,), (0.25,)]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_a_gradient_that_is_not_finite_never_reaches_a_weight(max_norm: float | None, bad: float) -> None:
+    """Where ranks wait for each other's norms none of them steps; else the others may have."""
+    ranks = [
+        {"a": parameter([3.0, 0.0]), "b": parameter([bad, 1.0])},
+        {"a": parameter([0.0, 0.0]), "c": parameter([2.0, 0.0])},
+    ]
+    updates = finish(ranks, SHARED, divisor=2.0, max_norm=max_norm)
+    assert updates[0].non_finite == NonFinite(0, "b", pytest.approx(bad, nan_ok=True), 1)
+    assert updates[0].lr == (1.0,)
+    assert not any(p.any() or p.grad is not None for p in ranks[0].values())
+    assert (updates[1].non_finite is None) == (max_norm is None)
+    assert bool(ranks[1]["c"].any()) == (max_norm is None)
+
+
+def test_where_ranks_agree_gradients_are_unscaled_before_they_are_clipped() -> None:
+    gradients = Gradients(owned=(("a",), ("c",)), order=("a", "c"))
+    for max_norm, wanted in ((None, [-2.0, -1.0]), (1.0, [-2 / 5**0.5, -1 / 5**0.5])):
+        ranks = [{"a": parameter([2048.0, 0.0])}, {"c": parameter([1024.0, 0.0])}]
+        finish(ranks, gradients, divisor=2.0, max_norm=max_norm, agree=True, loss_scale=512.0)
+        assert [ranks[0]["a"][0].item(), ranks[1]["c"][0].item()] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("divisor", "refused"), [(NAN, False), (0.0, True)])
+def test_a_loss_that_is_not_finite_is_told_like_a_divisor(divisor: float, refused: bool) -> None:
+    ranks = [{"a": parameter([1.0, 1.0]), "b": parameter(None)}, {"a": parameter(None), "c": parameter([1.0, 1.0])}]
+    for update in finish(ranks, SHARED, divisor=divisor, agree=True, loss_scale=4.0):
+        assert update.refused == refused
+        assert (update.non_finite is None) == refused
+        assert refused or str(update.non_finite) == "the loss"
+    assert not any(p.any() or p.grad is not None for held in ranks for p in held.values())

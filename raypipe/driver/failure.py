@@ -14,7 +14,7 @@ from __future__ import annotations
 from enum import Enum
 
 from raypipe.driver.status import GroupStatus
-from raypipe.errors import PeerLost, StageError, StageLost, StageStuck, StepError
+from raypipe.errors import NonFiniteError, PeerLost, StageError, StageLost, StageStuck, StepError
 
 __all__ = ["Decision", "decide", "explains", "first_cause"]
 
@@ -38,9 +38,11 @@ def decide(status: GroupStatus, budget: int) -> Decision:
         budget: how many restarts are left, as ``FailureConfig.max_failures`` counts them; negative: without end.
 
     Returns:
-        RAISE where no restart is left, or where the model or the batch itself was refused: that would fail again.
+        RAISE where no restart is left, or where the model or the batch itself was refused or gave numbers that are not
+        finite: that would fail again.
     """
-    if budget == 0 or not isinstance(first_cause(status), StepError):
+    cause = first_cause(status)
+    if budget == 0 or isinstance(cause, NonFiniteError) or not isinstance(cause, StepError):
         return Decision.RAISE
     return Decision.RETRY
 
@@ -62,7 +64,7 @@ def explains(status: GroupStatus) -> bool:
     return any(_precedence(error)[0] != SECONDARY for error in status.errors.values())
 
 
-def _precedence(error: BaseException) -> tuple[int, bool]:
+def _precedence(error: BaseException) -> tuple[int, int]:
     if isinstance(error, PeerLost):
         # Below a StageError around the same news, which knows the action.
         return SECONDARY, True
@@ -72,4 +74,5 @@ def _precedence(error: BaseException) -> tuple[int, bool]:
         return LOST, False
     if isinstance(error, StageStuck):
         return STUCK, False
-    return CODE, False
+    # A backward carries a NaN from the last parameter of the model to the first.
+    return CODE, -error.position if isinstance(error, NonFiniteError) else 0

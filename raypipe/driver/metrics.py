@@ -31,7 +31,9 @@ def step_metrics(
     Returns:
         ``loss``; ``grad_norm`` before clipping; ``lr`` of the first parameter group; ``samples``; ``microbatches``, the
         most that a replica had; ``seconds``, of the slowest rank; ``bubble``, the share of the ranks' time in which no
-        action was computed; ``peak_in_flight``, by stage, the most of all replicas.
+        action was computed; ``peak_in_flight``, by stage, the most of all replicas. Under fp16 also ``loss_scale``;
+        ``skipped``, whether the weights stayed as they were; ``non_finite``, where the number arose that was the
+        reason, or None.
     """
     topology = Topology(len(reports)) if topology is None else topology
     lasts = [report for rank, report in enumerate(reports) if report.loss is not None and topology.leader(rank) == rank]
@@ -41,7 +43,7 @@ def step_metrics(
         stage = topology.place(rank).stage
         peaks[stage] = max(peaks[stage], report.trace.peak_in_flight)
     norms = [torch.from_numpy(report.norms.copy()) for report in reports]
-    return {
+    metrics: dict[str, Any] = {
         "step": last.step,
         "loss": sum(report.loss for report in lasts if report.loss is not None),
         "grad_norm": global_norm(gradients, norms) / (last.divisor or 1.0),
@@ -52,6 +54,10 @@ def step_metrics(
         "bubble": bubble([report.trace for report in reports]),
         "peak_in_flight": tuple(peaks),
     }
+    if last.loss_scale is not None:
+        where = last.non_finite
+        metrics.update(loss_scale=last.loss_scale, skipped=where is not None, non_finite=where)
+    return metrics
 
 
 def average(reports: Sequence[ForwardReport]) -> dict[str, Any]:

@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raypipe.errors import BatchError
+from raypipe.model.precision import Precision
 
 __all__ = ["Caller"]
 
@@ -30,6 +31,7 @@ class Caller:
     Args:
         forward: ``forward(model, batch) -> outputs``, for a model that is called in its own way.
         loss: ``loss(outputs, targets) -> scalar`` for batches that are pairs, ``loss(outputs, batch)`` otherwise.
+        precision: that both run in, here and on every rank.
 
     Raises:
         TypeError: one of them is neither callable nor None.
@@ -37,6 +39,7 @@ class Caller:
 
     forward: Callable[[nn.Module, Any], Any] | None = None
     loss: Callable[[Any, Any], Tensor] | None = None
+    precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self) -> None:
         for name, what in (("forward", "forward(model, batch)"), ("loss", "loss(outputs, targets)")):
@@ -51,6 +54,10 @@ class Caller:
             BatchError: the batch is neither a mapping nor a pair, and there is no ``forward``.
         """
         self.check(batch)
+        with self.precision.autocast():
+            return self._called(model, batch)
+
+    def _called(self, model: nn.Module, batch: Any) -> Any:
         if self.forward is not None:
             return self.forward(model, batch)
         if isinstance(batch, Mapping):
@@ -82,7 +89,8 @@ class Caller:
         if self.loss is None:
             return _checked(_own_loss(outputs), "the model's loss")
         second = batch[1] if self.forward is None and _is_pair(batch) else batch
-        return _checked(self.loss(outputs, second), "what loss() returned")
+        with self.precision.autocast():
+            return _checked(self.loss(outputs, second), "what loss() returned")
 
 
 def _is_pair(batch: Any) -> bool:

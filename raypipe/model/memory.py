@@ -100,7 +100,7 @@ def windows_from(sizes: Sizes, start: int) -> Iterator[Bytes]:
     memory: dict[int, int] = {}
     if sizes.saved is not None:
         memory.update((sizes.saved.of_value(v), v.spec.nbytes) for v in incoming if v.requires_grad)
-    received = sum(v.spec.nbytes for v in incoming)
+    received = sum(recording.travels(v).nbytes for v in incoming)
     arrived = {sizes.saved.of_value(v): v.spec.nbytes for v in incoming} if sizes.saved is not None else {}
     names: set[str] = set()
     units: set[str] = set()
@@ -119,7 +119,7 @@ def windows_from(sizes: Sizes, start: int) -> Iterator[Bytes]:
         if sizes.saved is not None:
             trained = [v for v in outgoing if v.requires_grad]
             kept.update((sizes.saved.of_value(v), v.spec.nbytes) for v in trained)
-            back = sum(v.spec.nbytes for v in trained)
+            back = sum(recording.travels(v).nbytes for v in trained)
         # A unit's buffer that is read elsewhere is small (segments, positions) and not counted twice.
         held = [sizes.parameters[name] for name in names if name in sizes.parameters]
         yield Bytes(

@@ -130,7 +130,7 @@ def _chunks(
                 tuple(event.name for event in events if event.call is not None),
                 tuple(name for name in sizes if name in held),
                 sum(event.flops for event in events),
-                sum(value.spec.nbytes for value in window.outputs),
+                sum(recording.travels(value).nbytes for value in window.outputs),
                 sum(event.backward_flops for event in events),
                 None if times is None else _sum(times[event.call] for event in events if event.call is not None),
                 tuple(name for name in held if name not in sizes),

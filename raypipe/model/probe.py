@@ -107,7 +107,7 @@ def find_rule(
     """
     if microbatch_weight is not None:
         return LossRule.given(microbatch_weight)
-    tolerance = tolerance_of(model)
+    tolerance = tolerance_of(model, caller.precision.dtype)
     rule = probe(in_process(model, caller), batch, layout, tolerance)
     confirm(rule, gradient_check.in_process(model, caller), batch, layout, tolerance)
     return rule

@@ -9,13 +9,15 @@ blocks, U-Net skips and an encoder's output are ordinary boundary values.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from raypipe.errors import CutError
 from raypipe.model.cuts import Together, forbidden_cuts, parted
 from raypipe.model.event import Event, Value
+from raypipe.tensors import TensorSpec
 
 __all__ = ["Recording", "Window"]
 
@@ -50,6 +52,8 @@ class Recording:
     """Whether the forward sets hooks on modules and removes all of them before it ends."""
     running: int | None = None
     """The event of the unit call that runs now, while the forward is recorded."""
+    low: torch.dtype | None = None
+    """What float32 values with a gradient travel as (``Precision.boundary``); None: as they are."""
     stopped: str | None = None
     """Why nothing is known of the end of the forward, where that is so: it asked a value for its data."""
     make: Callable[[Value], Tensor] | None = None
@@ -144,6 +148,16 @@ class Recording:
         ):
             return "gets an argument that is changed in place later"
         return event.once
+
+    def travels(self, value: Value) -> TensorSpec:
+        """What a value is on its way to another stage, and what its gradient is on the way back.
+
+        Low is what a gradient flows through alone: masks, positions and the like must keep their digits. So all of an
+        evaluation's values travel as they are.
+        """
+        if self.low is None or value.spec.dtype is not torch.float32 or not value.requires_grad:
+            return value.spec
+        return replace(value.spec, dtype=self.low)
 
     def describe(self, value: Value | int) -> str:
         """A value in words, for an error."""

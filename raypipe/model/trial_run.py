@@ -75,10 +75,11 @@ def _shaken(model: nn.Module, wanted: bool) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
-def tolerance_of(model: nn.Module) -> float:
-    """Relative differences that rounding makes between two batch sizes, for the model's coarsest dtype."""
+def tolerance_of(model: nn.Module, low: torch.dtype | None = None) -> float:
+    """Relative differences that rounding makes between two batch sizes, for the coarsest dtype, autocast's included."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    coarsest = max((torch.finfo(t.dtype).eps for t in tensors), default=torch.finfo(torch.float32).eps)
+    dtypes = [torch.float32 if low is None else low, *(t.dtype for t in tensors)]
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     if coarsest > torch.finfo(torch.float32).eps:
         return 2 * coarsest
     # TensorFloat-32, on by default for convolutions.

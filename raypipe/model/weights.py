@@ -42,10 +42,13 @@ class LossRule:
     Attributes:
         weight: the rule, or the user's own ``weight(microbatch) -> float``, called with a microbatch's batch.
         watched: under SAMPLES, whether the loss functions' denominators must follow the samples in each batch.
+        unit: under TARGETS, where the total is known late, what weights are counted in meanwhile: backwards start from
+            w / unit. About a batch's total, so that gradients have the size they end with; it changes no sum.
     """
 
     weight: Rule | Callable[[Any], float]
     watched: bool = False
+    unit: float = 1.0
 
     @classmethod
     def given(cls, microbatch_weight: str | Callable[[Any], float]) -> LossRule:

@@ -2,7 +2,8 @@
 
 A message is contiguous. A transposed tensor (channels last, attention heads) goes in the order of its memory and is
 seen through its own strides again on the other side: kernels choose their path by strides, and equal strides give equal
-bits.
+bits. Under bf16 what is float32 and has a gradient travels in bfloat16, and so does that gradient; at both ends it is
+float32, so sums and what a unit does in float32 lose nothing more than that one rounding.
 
 A message of gradients ends with a flag for each: whether one came at all. What no gradient reaches must stay without
 one, since a gradient of zeros is something else to weight decay and momentum.
@@ -11,6 +12,7 @@ one, since a gradient of zeros is something else to weight decay and momentum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,19 +42,27 @@ class Boundary:
         self._orders = tuple(_memory_order(value) for value in values)
         self._changed = tuple(value.requires_grad and value.storage in changed for value in values)
         self._any_changed = any(self._changed)
-        self.specs = tuple(_packed_spec(v, order) for v, order in zip(values, self._orders, strict=True))
-        self._back = tuple(order for v, order in zip(values, self._orders, strict=True) if v.requires_grad)
+        travel = [recording.travels(value) for value in values]
+        self.specs = tuple(_packed_spec(spec, order) for spec, order in zip(travel, self._orders, strict=True))
+        back = [
+            (v.spec.dtype, s, order)
+            for v, s, order in zip(values, travel, self._orders, strict=True)
+            if v.requires_grad
+        ]
+        self._back = tuple((dtype, spec.dtype, order) for dtype, spec, order in back)
         asked = tuple(s for v, s in zip(values, self.specs, strict=True) if v.requires_grad and trained)
         self.gradient_specs = (*asked, TensorSpec((len(asked),), torch.bool)) if asked else ()
         self._all_came = torch.ones(len(asked), dtype=torch.bool)
 
     def pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The message of the values' tensors."""
-        return [_pack(t.detach(), order) for t, order in zip(tensors, self._orders, strict=True)]
+        there = zip(tensors, self.specs, self._orders, strict=True)
+        return [_pack(tensor.detach(), spec.dtype, order) for tensor, spec, order in there]
 
     def unpack(self, message: Sequence[Tensor], *, training: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The leaves that collect gradients, and the tensors to compute with."""
-        tensors = [_unpack(t, order) for t, order in zip(message, self._orders, strict=True)]
+        there = zip(message, self._values, self._orders, strict=True)
+        tensors = [_unpack(tensor, value.spec.dtype, order) for tensor, value, order in there]
         if not training:
             return [], tensors
         leaves = [t.requires_grad_() for t, v in zip(tensors, self._values, strict=True) if v.requires_grad]
@@ -80,8 +90,8 @@ class Boundary:
             return []
         came = [leaf.grad is not None for leaf in leaves]
         gradients = [
-            _pack(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, order)
-            for leaf, order in zip(leaves, self._back, strict=True)
+            _pack(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, low, order)
+            for leaf, (_, low, order) in zip(leaves, self._back, strict=True)
         ]
         return [*gradients, self._all_came if all(came) else torch.tensor(came)]
 
@@ -91,8 +101,8 @@ class Boundary:
             return []
         *gradients, there = message
         return [
-            _unpack(tensor, order) if came else None
-            for tensor, order, came in zip(gradients, self._back, there.tolist(), strict=True)
+            _unpack(tensor, dtype, order) if came else None
+            for tensor, (dtype, _, order), came in zip(gradients, self._back, there.tolist(), strict=True)
         ]
 
 
@@ -109,18 +119,17 @@ def boundaries(recording: Recording, cuts: tuple[int, ...], trained: int = 0) ->
     return (*before, Boundary(recording, (), set(), False))
 
 
-def _pack(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    return (tensor if order is None else tensor.permute(order)).contiguous()
+def _pack(tensor: Tensor, dtype: torch.dtype, order: tuple[int, ...] | None) -> Tensor:
+    return (tensor if order is None else tensor.permute(order)).to(dtype).contiguous()
 
 
-def _unpack(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
+def _unpack(tensor: Tensor, dtype: torch.dtype, order: tuple[int, ...] | None) -> Tensor:
+    tensor = tensor.to(dtype)
     return tensor if order is None else tensor.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
-def _packed_spec(value: Value, order: tuple[int, ...] | None) -> TensorSpec:
-    if order is None:
-        return value.spec
-    return TensorSpec(tuple(value.spec.shape[dim] for dim in order), value.spec.dtype, value.spec.device)
+def _packed_spec(spec: TensorSpec, order: tuple[int, ...] | None) -> TensorSpec:
+    return spec if order is None else replace(spec, shape=tuple(spec.shape[dim] for dim in order))
 
 
 def _memory_order(value: Value) -> tuple[int, ...] | None:

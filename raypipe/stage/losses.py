@@ -34,6 +34,7 @@ class Losses:
         when_known: called with this object once every microbatch's forward is done.
         whole: the weights of all microbatches of the batch, where these are one replica's share; read where the rule
             knows weights before a forward.
+        scale: what every backward's start is multiplied by.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class Losses:
         microbatches: Sequence[Microbatch],
         when_known: Callable[[Losses], None] = lambda losses: None,
         whole: Sequence[float] | None = None,
+        scale: float = 1.0,
     ) -> None:
+        self._scale = scale
         self._rule, self._caller, self._microbatches = rule, caller, microbatches
         self._when_known = when_known
         self._losses: dict[int, Tensor] = {}
@@ -80,8 +83,8 @@ class Losses:
         """
         weight = self._weights[number]
         if weight:
-            share = torch.full_like(loss, weight if self.divisor is None else weight / self.divisor)
-            run_backward([loss], [share], (), keep=False, accumulate=True)
+            share = weight / (self._rule.unit if self.divisor is None else self.divisor)
+            run_backward([loss], [torch.full_like(loss, share * self._scale)], (), keep=False, accumulate=True)
         else:
             for leaf in _leaves_of(loss):
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -112,7 +115,7 @@ class Losses:
         return self._trains
 
     def total(self) -> float:
-        """What gradients are still to be divided by, once every forward is done.
+        """What gradients are still to be divided by beside the scale, once every forward is done.
 
         Raises:
             ValueError: no gradient can come from any loss.
@@ -122,7 +125,7 @@ class Losses:
                 "the loss does not require a gradient, so nothing can be trained on it: it was detached, or made under "
                 "torch.no_grad, or depends on no parameter that requires a gradient"
             )
-        return self._rule.total(self._ordered_weights()) if self.divisor is None else 1.0
+        return self._rule.total(self._ordered_weights()) / self._rule.unit if self.divisor is None else 1.0
 
     def tally(self) -> Tally:
         """What is told to all ranks, once every forward is done."""
@@ -131,13 +134,21 @@ class Losses:
         weighed = [row for row, weight in zip(rows, weights, strict=True) if weight]  # of one length, or refused
         columns = range(max(map(len, weighed or rows)))
         averaged = tuple(math.fsum(row[column] for row in rows if column < len(row)) for column in columns)
-        return Tally(math.fsum(weights), self._trains, averaged, self.refusal_of_terms() is not None)
+        refused = self.refusal_of_terms() is not None
+        return Tally(math.fsum(weights), self._trains, averaged, refused, self.non_finite() is None)
 
     def loss(self, total: float | None = None) -> float:
         """The batch's loss, once every forward is done; with the whole batch's ``total``, what a share adds to it."""
         weights = self._ordered_weights()
         weighted = [w * float(self._losses[number]) for number, w in enumerate(weights) if w]
         return sum(weighted) / (self._rule.total(weights) if total is None else total)
+
+    def non_finite(self) -> tuple[int, float] | None:
+        """The first microbatch that counts and whose loss is NaN or infinite, and the loss; of those done so far."""
+        for number, loss in sorted(self._losses.items()):
+            if self._weights[number] and not math.isfinite(value := float(loss)):
+                return number, value
+        return None
 
     def evaluated(self) -> tuple[float, float]:
         """The whole batch's loss and its weight among batches; NaN and 0 for a batch without a valid target."""

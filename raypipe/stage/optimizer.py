@@ -6,12 +6,14 @@ norm that of all G_p / T together, each parameter once, summed in model order so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from raypipe.stage.non_finite import NonFinite, find_non_finite
 from raypipe.stage.protocol import RankWork
 from raypipe.stage.reduction import Reduction
 from raypipe.stage.spec import Gradients, OptimizerMaker, SchedulerMaker
@@ -26,12 +28,15 @@ class Update:
     """What a step's end tells.
 
     Attributes: ``norms``, float64 of shape [owned], each owned parameter's gradient norm before clipping; ``lr`` of
-    each parameter group in this step, none where the batch was refused; ``told``, what each teller told.
+    each parameter group in this step, none where the batch was refused; ``told``, what each teller told;
+    ``non_finite``, why this rank has not stepped; ``refused``, whether the batch was.
     """
 
     norms: Tensor
     lr: tuple[float, ...]
     told: tuple[tuple[float, ...], ...] = ()
+    non_finite: NonFinite | None = None
+    refused: bool = False
 
 
 class StageOptimizer:
@@ -47,6 +52,7 @@ class StageOptimizer:
         divisor_rank: the rank that knows what gradients are divided by, or the several that know it together; None
             where each backward did that.
         sharded: whether this rank steps what it owns alone, and then sends it to the other holders.
+        agree: whether no rank may step before all know that every gradient is finite; as it is where they are clipped.
 
     Raises:
         TypeError: ``make`` returned no optimizer, or one that needs the whole model; ``make_scheduler`` one that needs
@@ -64,18 +70,19 @@ class StageOptimizer:
         divisor_rank: int | Tellers | None,
         *,
         sharded: bool = False,
+        agree: bool = False,
     ) -> None:
         self._rank, self._gradients, self._max_norm = rank, gradients, max_grad_norm
         self._tellers = Tellers.of(divisor_rank)
+        self.agrees = max_grad_norm is not None or agree
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._owned = [self._parameters[name] for name in gradients.owned[rank]]
         self._lengths = [
-            (self._tellers.length if rank_ in self._tellers.ranks else 0)
-            + (len(owned) if max_grad_norm is not None else 0)
+            (self._tellers.length if rank_ in self._tellers.ranks else 0) + (len(owned) if self.agrees else 0)
             for rank_, owned in enumerate(gradients.owned)
         ]
         # Without norms to gather, the divisor is all that is told; it is known long before the step's end.
-        self._early = max_grad_norm is None and bool(self._tellers.ranks)
+        self._early = not self.agrees and bool(self._tellers.ranks)
         self._told: Handle[list[Tensor]] | None = None
         self._reduction = Reduction(rank, self._parameters, gradients, sharded=sharded)
         stepped = {name: self._parameters[name] for name in gradients.stepped_by(rank)} if sharded else self._parameters
@@ -106,14 +113,17 @@ class StageOptimizer:
     def _tell(self, transport: Transport, numbers: Sequence[float]) -> Handle[list[Tensor]]:
         return transport.all_gather(torch.tensor(numbers, dtype=torch.float64), self._lengths)
 
-    def finish(self, transport: Transport, divisor: float | Sequence[float]) -> RankWork[Update]:
-        """Reduces, clips and steps.
+    def finish(
+        self, transport: Transport, divisor: float | Sequence[float], loss_scale: float = 1.0
+    ) -> RankWork[Update]:
+        """Reduces, clips and steps; drops gradients of which one is not finite, as far as this rank knows.
 
         Args:
             transport: of this rank.
             divisor: what the gradients are still to be divided by, on the rank that knows it; 0 for a batch that is
                 refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike. Where
-                several know it together, what this one tells.
+                several know it together, what this one tells. NaN where the loss is not finite.
+            loss_scale: what else they are to be divided by; 1 where ranks do not agree.
         """
         told = _numbers(divisor) if self._rank in self._tellers.ranks else []
         if self._early and self._told is None:  # before the sums, which may go the same way
@@ -122,16 +132,24 @@ class StageOptimizer:
         norms = torch.stack([_norm(p) for p in self._owned]).double() if self._owned else torch.zeros(0).double()
         scale: float | None = 1.0
         numbers: tuple[tuple[float, ...], ...] = ()
+        seen = {self._rank: norms}
         if any(self._lengths):
             handle, self._told = self._told, None
             if handle is None:
                 handle = self._tell(transport, [*told, *norms.tolist()])
             yield handle
             numbers, vectors = self._apart(handle.result())
-            scale = self._scale(numbers, vectors)
+            scale = self._scale(numbers, vectors, loss_scale)
+            seen = dict(enumerate(vectors)) if self.agrees else seen
         if scale is None or not divisor:
             self._drop_gradients()
-            return Update(norms, (), numbers)
+            return Update(norms, (), numbers, refused=True)
+        found = find_non_finite(self._gradients, seen)
+        if found is None and math.isnan(scale) and self._tellers.ranks:
+            found = NonFinite(self._tellers.ranks[0])
+        if found is not None:
+            self._drop_gradients()
+            return Update(norms, self._rates(), numbers, found)
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, scale)
@@ -145,19 +163,19 @@ class StageOptimizer:
         numbers = tuple(tuple(gathered[rank][:length].tolist()) for rank in ranks)
         return numbers, [v[length:] if rank in ranks else v for rank, v in enumerate(gathered)]
 
-    def _scale(self, told: Sequence[Sequence[float]], norms: list[Tensor]) -> float | None:
-        """What every gradient is multiplied by: 1 / T, and the clip coefficient of ``clip_grad_norm_``.
+    def _scale(self, told: Sequence[Sequence[float]], norms: list[Tensor], loss_scale: float) -> float | None:
+        """What every gradient is multiplied by: 1 / T / loss_scale, and the clip coefficient of ``clip_grad_norm_``.
 
         None where the batch was refused.
         """
         divisor = self._tellers.divisor(told)
         if not divisor:
             return None
+        divisor *= loss_scale
         if self._max_norm is None:
             return 1.0 / divisor
         coefficient = self._max_norm / (global_norm(self._gradients, norms) / divisor + 1e-6)
-        # Not min(1, ...): a NaN must reach every stage's gradients, as clip_grad_norm_ has it.
-        return (1.0 if coefficient >= 1.0 else coefficient) / divisor
+        return min(1.0, coefficient) / divisor
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters.values():
@@ -166,12 +184,16 @@ class StageOptimizer:
     def _step(self) -> tuple[float, ...]:
         if self.optimizer is None:
             return ()
-        lr = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+        lr = self._rates()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
         return lr
+
+    def _rates(self) -> tuple[float, ...]:
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return tuple(float(group["lr"]) for group in groups)
 
 
 def global_norm(gradients: Gradients, norms: list[Tensor]) -> float:

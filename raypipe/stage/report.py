@@ -28,6 +28,8 @@ class TrainReport:
         lr: of each of its parameter groups.
         trace: when it did what.
         refused: why the batch was not trained on, on the last stage, else None.
+        loss_scale: of this step under fp16, else None.
+        non_finite: where the number arose because of which the step was skipped under fp16, else None.
     """
 
     step: int
@@ -39,6 +41,8 @@ class TrainReport:
     lr: tuple[float, ...]
     trace: Trace
     refused: str | None = None
+    loss_scale: float | None = None
+    non_finite: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,7 @@ class Slice:
         recording = self._predictor.predict(family, sizes)
         if recording is None:
             recording = record(self._twin, lambda model: self._caller.outputs(model, _copied(batch)))
+            recording.low = self._caller.precision.boundary
             self._predictor.learn(family, sizes, recording)
         return recording
 

@@ -6,6 +6,7 @@ found not to train anything, as a whole too. So each tells a vector of one lengt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ __all__ = ["Tally", "Tellers", "refusal_of", "tellers_of"]
 
 MOST_TERMS = 64
 """Loss functions of one forward that can be told of; the message has one length, so that it can be posted ahead."""
-_LENGTH = 4 + MOST_TERMS
+_LENGTH = 5 + MOST_TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +50,28 @@ class Tally:
         trains: whether a gradient can come from any of its losses.
         averaged: what each of its loss functions averaged over in all of its microbatches, where that is watched.
         refused: whether its own microbatches' terms already contradict each other.
+        finite: whether all of its losses that count are finite.
     """
 
     weight: float
     trains: bool
     averaged: tuple[float, ...] = ()
     refused: bool = False
+    finite: bool = True
 
     def vector(self) -> list[float]:
         """As numbers, of the same length for every tally."""
         known = self.averaged[:MOST_TERMS]
-        head = [self.weight, float(self.trains), float(self.refused), float(len(self.averaged))]
+        flags = [float(self.trains), float(self.refused), float(self.finite)]
+        head = [self.weight, *flags, float(len(self.averaged))]
         return [*head, *known, *[0.0] * (MOST_TERMS - len(known))]
 
     @classmethod
     def read(cls, vector: Sequence[float]) -> Tally:
         """From ``vector()``."""
-        weight, trains, refused, count, *averaged = (float(number) for number in vector)
-        return cls(weight, bool(trains), tuple(averaged[: int(count)]), bool(refused) or count > MOST_TERMS)
+        weight, trains, refused, finite, count, *averaged = (float(number) for number in vector)
+        refused = refused or count > MOST_TERMS
+        return cls(weight, bool(trains), tuple(averaged[: int(count)]), bool(refused), bool(finite))
 
 
 def refusal_of(rule: LossRule, tallies: Sequence[Tally]) -> str | None:
@@ -94,7 +99,7 @@ def refusal_of(rule: LossRule, tallies: Sequence[Tally]) -> str | None:
     return None
 
 
-def tellers_of(rule: LossRule, topology: Topology, last: int) -> Tellers:
+def tellers_of(rule: LossRule, topology: Topology, last: int, *, always: bool = False) -> Tellers:
     """Who tells the divisor, and how it comes of what they tell.
 
     In one pipeline that is the last stage, where forwards alone show it; it tells the divisor itself. Of several
@@ -104,14 +109,17 @@ def tellers_of(rule: LossRule, topology: Topology, last: int) -> Tellers:
         rule: by which microbatches weigh.
         topology: the grid of ranks.
         last: a rank that holds the last chunk.
+        always: whether it tells where all ranks know the divisor too: that a loss is not finite.
     """
     if topology.replicas == 1:
-        return Tellers.of(last if rule.needs_denominators else None)
+        return Tellers.of(last if rule.needs_denominators or always else None)
     return Tellers(topology.copies(last), _LENGTH, lambda told: _divisor(rule, [Tally.read(each) for each in told]))
 
 
 def _divisor(rule: LossRule, tallies: Sequence[Tally]) -> float:
-    """What gradients are still to be divided by; 0 where they are to be thrown away."""
+    """What gradients are still to be divided by; 0 where they are to be thrown away, NaN where a loss is not finite."""
     if refusal_of(rule, tallies) is not None or not any(tally.trains for tally in tallies):
         return 0.0
-    return 1.0 if rule.known_before_forward else rule.total([tally.weight for tally in tallies])
+    if not all(tally.finite for tally in tallies):
+        return math.nan
+    return 1.0 if rule.known_before_forward else rule.total([tally.weight for tally in tallies]) / rule.unit

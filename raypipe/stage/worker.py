@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
@@ -18,7 +19,9 @@ from raypipe.model.microbatch import LayoutCache, Microbatch
 from raypipe.observe.events import Recorder
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.executor import Activity, execute
+from raypipe.stage.loss_scale import LossScale
 from raypipe.stage.losses import Losses
+from raypipe.stage.non_finite import gradient_error, loss_error, scale_error
 from raypipe.stage.optimizer import StageOptimizer, Update
 from raypipe.stage.outputs import Outputs
 from raypipe.stage.program import Program, compile_program
@@ -61,6 +64,7 @@ class StageWorker:
         placement = spec.schedule(spec.microbatches)
         last = self._ranks[placement.stage_of(placement.chunks - 1)]
         self._is_last = rank == last
+        self._loss_scale = LossScale() if spec.caller.precision.scales_loss else None
         with self._reported(-1, "optimizer"):
             self._optimizer = StageOptimizer(
                 rank,
@@ -69,8 +73,9 @@ class StageWorker:
                 spec.optimizer,
                 spec.lr_scheduler,
                 spec.max_grad_norm,
-                tellers_of(spec.rule, spec.topology, last),
+                tellers_of(spec.rule, spec.topology, last, always=self._loss_scale is not None),
                 sharded=spec.shard == "optimizer",
+                agree=self._loss_scale is not None,
             )
         self._program = functools.cache(self._compile)
         self._transport: Transport | None = None
@@ -86,7 +91,8 @@ class StageWorker:
         with self._reported(step, "batch"):
             self._activity.set(step, "batch")
             self._slice.set_training(True)
-            samples, share, losses = self._shared_out(unpack(batch))
+            scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+            samples, share, losses = self._shared_out(unpack(batch), scale)
             microbatches = share.microbatches
             program = self._program(len(microbatches), True)
             self._optimizer.begin(self._channels())
@@ -96,13 +102,26 @@ class StageWorker:
         yield from self._execute(program, computer, recorder, step)
         with self._reported(step, "optimizer"):
             self._activity.set(step, "optimizer")
-            update = yield from self._waiting(self._optimizer.finish(self._channels(), self._told(losses)), step)
+            work = self._optimizer.finish(self._channels(), self._told(losses), scale)
+            update = yield from self._waiting(work, step)
+            non_finite = self._settle(update, losses, step)
             loss, divisor, refused = self._outcome(losses, update) if self._is_last else (None, None, None)
             yield from self._waiting(self._flush(), step)
         trace = recorder.trace()
         self._activity.set(step, "idle")
-        norms = update.norms.numpy()
-        return TrainReport(step, samples, len(microbatches), loss, divisor, norms, update.lr, trace, refused)
+        return TrainReport(
+            step,
+            samples,
+            len(microbatches),
+            loss,
+            None if divisor is None else divisor * scale,
+            update.norms.numpy(),
+            update.lr,
+            trace,
+            refused,
+            None if self._loss_scale is None else scale,
+            non_finite,
+        )
 
     def forward_step(self, step: int, batch: Wire | None, kind: str) -> RankWork[ForwardReport]:
         """Forwards only, in eval mode, without gradients; nothing of the training state changes."""
@@ -154,31 +173,52 @@ class StageWorker:
             program, computer, self._channels(), self._ranks, recorder, self._activity, step, replica=self._named
         )
 
-    def _shared_out(self, batch: Any) -> tuple[int, Share, Losses]:
+    def _shared_out(self, batch: Any, scale: float) -> tuple[int, Share, Losses]:
         """The whole batch's samples, this replica's share, and what collects the share's losses."""
         layout, spec = self._layouts.find(batch), self._spec
         share = share_of(layout, batch, self._replica, self._replicas, spec.microbatches)
         whole = None
         if self._replicas > 1 and spec.rule.known_before_forward:
             whole = weights_of(spec.rule, layout, batch, self._replicas, spec.microbatches)
-        return layout.samples(batch), share, Losses(spec.rule, spec.caller, share.microbatches, self._tell, whole)
+        losses = Losses(spec.rule, spec.caller, share.microbatches, self._tell, whole, scale)
+        return layout.samples(batch), share, losses
 
     def _tell(self, losses: Losses) -> None:
         """Every loss of the step is known: what its gradients are divided by can go to the other ranks."""
         if not self._is_last:
             return
-        if (
-            self._replicas > 1 or losses.trains or losses.refusal() is not None
-        ):  # else the step's end says what is wrong
+        refused = losses.refusal()
+        found = losses.non_finite() if refused is None and self._loss_scale is None else None
+        if found is not None:  # before the last backward: no rank has all of its gradients, so none has stepped
+            number, loss = found
+            raise loss_error(loss, number, self._stage, self._activity.progress().step)
+        if self._replicas > 1 or losses.trains or refused is not None:  # else the step's end says what is wrong
             self._optimizer.tell(self._channels(), self._told(losses))
 
     def _told(self, losses: Losses) -> float | list[float]:
-        """What the optimizers are told: the divisor, or 0 for a batch whose gradients are thrown away."""
+        """What the optimizers are told: the divisor, 0 for a batch that is refused, NaN where a loss is not finite."""
         if self._is_last and self._replicas > 1:
             return losses.tally().vector()
-        if self._is_last:
-            return losses.total() if losses.refusal() is None else 0.0
-        return 0.0 if losses.divisor == 0 else 1.0
+        if self._is_last and losses.refusal() is None:
+            return losses.total() if losses.non_finite() is None else math.nan
+        return 0.0 if self._is_last or losses.divisor == 0 else 1.0
+
+    def _settle(self, update: Update, losses: Losses, step: int) -> str | None:
+        """After the update: raises where a number was not finite; under fp16 fits the scale and says where it was."""
+        found = update.non_finite
+        stage = None if found is None else self._spec.topology.place(found.rank).stage
+        if self._loss_scale is None:
+            if found is not None and stage is not None:
+                raise gradient_error(found, stage, step, agreed=self._optimizer.agrees)
+            return None
+        if not update.refused:
+            self._loss_scale.update(skipped=found is not None)
+        if found is None or stage is None:
+            return None
+        if self._loss_scale.exhausted:
+            raise scale_error(found, stage, step, self._loss_scale.value, self._loss_scale.skipped)
+        loss = losses.non_finite() if self._is_last else None  # it comes before any gradient
+        return f"stage {stage}, {found}" if loss is None else f"stage {self._stage}, the loss of microbatch {loss[0]}"
 
     def _outcome(self, losses: Losses, update: Update) -> tuple[float | None, float, str | None]:
         """On the last stage: the loss, what norms are still to be divided by, and why the batch was refused."""
@@ -190,7 +230,7 @@ class StageWorker:
         if not any(tally.trains for tally in tallies):
             losses.total()  # raises
         total = rule.total([tally.weight for tally in tallies])
-        return losses.loss(total), total if losses.divisor is None else 1.0, None
+        return losses.loss(total), total / rule.unit if losses.divisor is None else 1.0, None
 
     def _flush(self) -> RankWork[None]:
         yield self._channels().flush()
