@@ -246,9 +246,10 @@ def test_a_nan_gradient_is_one_error_that_names_its_parameter(precision: str, ma
 def test_a_loss_that_is_not_finite_is_one_error_that_names_its_microbatch(value: float, weight: str) -> None:
     steps: list[str] = []
     options = {"microbatch_weight": weight, "optimizer": lambda named: Counting(named, steps)}
-    with fragile("fp32", **options) as trainer, pytest.raises(NonFiniteError) as caught:
-        steps.clear()
-        trainer.train_step(fragile_batch(shift=value))
+    with fragile("fp32", **options) as trainer:
+        batch = fragile_batch(shift=value)
+        with pytest.raises(NonFiniteError) as caught:
+            trainer.train_step(batch)
     assert not steps
     error = caught.value
     assert (error.step, error.stage, error.microbatch, error.parameter) == (0, 3, 2, None)

@@ -42,7 +42,7 @@ def finish(
             None,
             options.get("max_norm"),
             None if known else len(ranks) - 1,
-            options.get("agree", False),
+            agree=options.get("agree", False),
         )
         told = divisor if known or rank == len(ranks) - 1 else 1.0
         works[rank] = made.finish(hub.transport(rank), told, options.get("loss_scale", 1.0))
