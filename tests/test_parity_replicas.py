@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import Run, batches_of_tokens, gpt, piped, relative, trainer_of, unsplit
@@ -79,6 +80,17 @@ def test_sharded_weights_are_those_of_plain_replicas_bit_by_bit() -> None:
     runs = [piped(gpt(), batches_of_tokens(3), 2, data_parallel=2, shard=shard, microbatches=2) for shard in SHARDS]
     assert runs[0].losses == runs[1].losses
     assert all(torch.equal(tensor, runs[1].state[name]) for name, tensor in runs[0].state.items())
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shard", SHARDS)
+def test_hugging_face(name: str, shard: str | None) -> None:
+    family = FAMILIES[name]
+    model, batches = family.build(dropout=0.0), [family.batch(8, seed=seed) for seed in range(5)]
+    make = functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-4)
+    wanted = unsplit(model, batches, make, loss=lambda net, b: net(**b).loss, max_grad_norm=0.5)
+    options: dict[str, Any] = {"data_parallel": 2, "shard": shard, "microbatches": 2, "max_grad_norm": 0.5}
+    assert_same_run(piped(model, batches, 2, optimizer=make, **options), wanted, 1e-4)
 
 
 def test_weights_do_not_depend_on_stages_or_schedule() -> None:
