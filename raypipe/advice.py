@@ -54,6 +54,6 @@ def advice(plan: Plan, bubble: float) -> list[str]:
             f"advice: the whole model needs {short(need)}B with its optimizer, and {'one' if copies == 1 else count} "
             f"such fit this {what}'s {short(memory)}B; {count} copies (data parallelism) would likely be faster: no "
             f"bubble instead of {bubble:.1%}, and {short(gradients)}B of gradients summed once a step instead of "
-            f"{short(sends)}B sent between stages"
+            f"{short(sends)}B sent between stages; that is stages=1, data_parallel={count}"
         )
     return lines

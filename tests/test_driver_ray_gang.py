@@ -17,6 +17,7 @@ from raypipe.driver.cluster import Session
 from raypipe.driver.ray_gang import RayGang, launch
 from raypipe.errors import CutError, PeerLost, ResourcesError, StageError, StageLost, StageStuck
 from raypipe.stage.protocol import Worker
+from raypipe.topology import Topology
 
 pytestmark = pytest.mark.ray
 
@@ -124,6 +125,22 @@ def test_a_killed_rank_is_named(gang: RayGang) -> None:
     assert (caught.value.stage, caught.value.rank, caught.value.step) == (1, 1, 1)
     gang.close()
     assert soon(lambda: not any(map(alive, ids)), 3)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_of_a_replica_is_named_with_it(ray_session: Session) -> None:
+    """And a batch of evaluation goes to the ranks of one replica alone."""
+    with contextlib.closing(launch(Topology(2, 2), builds(4), wiring(4), session=ray_session)) as gang:
+        given = [result[3] for result in gang.wait(gang.forward_step(0, gang.put("batch"), "predict", 1))]
+        assert given == [None, None, "batch", "batch"]
+        assert gang.state() == [{"rank": 0}, {"rank": 1}]
+        ids = [value for _, _, value, _ in run(gang, 0, everywhere(pids, range(4)))]
+        pending = gang.train_step(1, gang.put({0: nap}))
+        time.sleep(0.3)
+        os.kill(ids[3], signal.SIGKILL)
+        with pytest.raises(StageLost, match=r"stage 1 of replica 1 \(rank 3\) is gone in step 1") as caught:
+            gang.wait(pending)
+        assert (caught.value.stage, caught.value.replica) == (1, 1)
 
 
 @pytest.mark.slow

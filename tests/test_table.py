@@ -90,12 +90,26 @@ def test_a_stage_of_several_chunks_and_what_its_halves_of_backwards_are() -> Non
     assert "halves" not in str(make_plan(model, whole, (torch.rand(4, 8), torch.rand(4, 8))))
 
 
+def test_a_plan_says_how_many_replicas_there_are_and_what_each_has() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    options = Options(2, loss=nn.functional.mse_loss, microbatches=2, data_parallel=3)
+    batch = torch.rand(7, 8), torch.rand(7, 8)
+    lines = str(make_plan(model, options, batch)).splitlines()
+    (at,) = (number for number, line in enumerate(lines) if "replicas" in line)
+    assert lines[at] == "3 replicas of this pipeline, 6 ranks; each has up to 3 of a batch's 7 samples"
+    assert lines[at + 1].startswith("1f1b: 2 stages, 2 microbatches of 3 samples; predicted bubble")
+    shared = str(make_plan(model, replace(options, shard="optimizer"), batch))
+    assert "6 ranks, which share the optimizer's state out; each has" in shared
+
+
 def test_advice_knows_when_the_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     options = Options(2, loss=nn.functional.mse_loss, microbatches=2)
     plan = make_plan(model, options, (torch.rand(4, 8), torch.rand(4, 8)))
     monkeypatch.setattr("raypipe.advice.device_memory", lambda: (20_000, "machine"))
-    assert "2 copies (data parallelism) would likely be faster" in " ".join(str(plan).split())
+    text = " ".join(str(plan).split())
+    assert "2 copies (data parallelism) would likely be faster" in text
+    assert text.endswith("that is stages=1, data_parallel=2")
     monkeypatch.setattr("raypipe.advice.device_memory", lambda: (6_000, "machine"))
     assert "advice" not in str(plan)
     monkeypatch.setattr("raypipe.advice.device_memory", lambda: (1_000, "GPU"))
