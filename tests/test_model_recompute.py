@@ -29,7 +29,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *, scale: Any = 1.0) -> Tensor:
         self.runs += 1
         scale = scale.pop() if hasattr(scale, "pop") else scale
-        return x + self.drop(self.outer(torch.tanh(self.inner(self.norm(x))))) * scale
+        return x + self.drop(self.outer(torch.tanh(self.inner(self.norm(x) * scale))))
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
