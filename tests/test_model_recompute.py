@@ -29,7 +29,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *, scale: Any = 1.0) -> Tensor:
         self.runs += 1
         scale = scale.pop() if hasattr(scale, "pop") else scale
-        return x + self.drop(self.outer(torch.tanh(self.inner(self.norm(x))))) * scale
+        return x + self.drop(self.outer(torch.tanh(self.inner(self.norm(x) * scale))))
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -147,6 +147,20 @@ def test_one_tensor_given_twice_stays_one() -> None:
     made = recomputed(attention.__call__, (x, x), {"value": x})
     made[0].sum().backward()
     assert attention.packed == [True, True]
+
+
+def test_the_second_run_has_no_fast_path_either() -> None:
+    """A frozen ``nn.TransformerEncoderLayer`` in eval mode would come out differently by it."""
+    seen: list[bool] = []
+
+    class Asking(Block):
+        def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+            return super().forward(x)
+
+    recomputed(Asking().__call__, (noise(4, W),), {}).sum().backward()
+    assert len(seen) == 2
+    assert seen[1] is False
 
 
 def test_an_argument_changed_before_the_backward_is_an_error() -> None:
