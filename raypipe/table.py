@@ -30,6 +30,8 @@ def plan_table(plan: Plan) -> str:
         holders = (f"{name} (chunks {', '.join(map(str, chunks))})" for name, chunks in shared.items())
         lines.append(f"shared: {', '.join(holders)}")
     lines.append(f"{plan.schedule.headline()} of {plan.samples} samples; predicted bubble {simulated.bubble:.1%}")
+    if plan.options.precision != "fp32":
+        lines.append(f"{plan.options.precision}: forwards under autocast; weights, gradients and optimizer in float32")
     if plan.coverage is not None:
         lines.append(textwrap.fill(_halves(plan.coverage, plan.partition.chunks), _WIDTH))
     if plan.choice is not None:
