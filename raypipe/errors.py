@@ -145,7 +145,7 @@ class StageStuck(StepError):
 
 
 class NonFiniteError(StepError):
-    """A loss or a gradient is NaN or infinite. It never reaches a weight.
+    """A loss or a gradient is NaN or infinite. Nothing is trained with it: the trainer is shut down.
 
     Attributes: ``step``, ``stage``, ``reason``; ``microbatch`` whose loss it is, or None; ``parameter`` whose gradient
     it is, or None; ``position``, that parameter's number in model order (a backward comes to the last one first).

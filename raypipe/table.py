@@ -40,6 +40,8 @@ def plan_table(plan: Plan) -> str:
             f"batch's {plan.samples} samples"
         )
     lines.append(f"{plan.schedule.headline()} of {samples} samples; predicted bubble {simulated.bubble:.1%}")
+    if plan.options.precision != "fp32":
+        lines.append(f"{plan.options.precision}: forwards under autocast; weights, gradients and optimizer in float32")
     if plan.coverage is not None:
         lines.append(textwrap.fill(_halves(plan.coverage, plan.partition.chunks), _WIDTH))
     if plan.recomputed.units or plan.recomputed.whole:

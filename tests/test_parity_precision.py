@@ -168,6 +168,7 @@ def test_what_crosses_stages_has_half_the_bytes(monkeypatch: pytest.MonkeyPatch)
         sent.clear()
         with trainer_of(gpt(), 2, example=batch, precision=precision, microbatches=2) as trainer:
             first, last = trainer.plan().stages
+            assert (f"{precision}: forwards under autocast" in str(trainer.plan())) == (precision != "fp32")
             trainer.train_step(batch)
         bytes_of[precision] = (first.sends_bytes, first.received_bytes + last.received_bytes, sum(sent))
     stream = 4 * 12 * 16 * 4  # a microbatch of 4 samples, 12 tokens, width 16, in float32
@@ -247,9 +248,9 @@ def test_a_loss_that_is_not_finite_is_one_error_that_names_its_microbatch(value:
     steps: list[str] = []
     options = {"microbatch_weight": weight, "optimizer": lambda named: Counting(named, steps)}
     with fragile("fp32", **options) as trainer:
-        batch = fragile_batch(shift=value)
+        steps.clear()
         with pytest.raises(NonFiniteError) as caught:
-            trainer.train_step(batch)
+            trainer.train_step(fragile_batch(shift=value))
     assert not steps
     error = caught.value
     assert (error.step, error.stage, error.microbatch, error.parameter) == (0, 3, 2, None)
