@@ -44,11 +44,11 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attention = Attention(heads, attention_dropout)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
 
     def forward(self, x):
-        x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        x = x + self.dropout1(self.attention(self.norm1(x)))
+        return x + self.dropout2(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
 class Small(nn.Module):
@@ -94,7 +94,7 @@ def small(**options):
     return Small(**options)
 
 
-def llama(heads=4, keys=2, tied=False, kind="llama", **options):
+def llama(heads=4, keys=2, tied=False, kind="llama", width=16, **options):
     """A tiny Hugging Face model that has a plan of its own."""
     import transformers
 
@@ -103,7 +103,7 @@ def llama(heads=4, keys=2, tied=False, kind="llama", **options):
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }[kind]
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    sizes = {"hidden_size": width, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
     made = config(
         **sizes,
         num_attention_heads=heads,

@@ -9,7 +9,7 @@ from tensor_team import HOST
 from torch.distributed.distributed_c10d import PrefixStore
 
 from raypipe.errors import PeerLost
-from raypipe.parallel.group import open_group, waits_named
+from raypipe.parallel.group import named, open_group
 from raypipe.transport import join_store, serve_store
 
 
@@ -50,11 +50,12 @@ def left(port, rank, pipe):
     if rank:
         return  # without a word
     try:
-        with waits_named():
-            group.sum(torch.ones(1))
-            group.sum(torch.ones(1))
-    except PeerLost as error:
-        pipe.send(str(error))
+        group.sum(torch.ones(1))
+        group.sum(torch.ones(1))
+    except RuntimeError as error:
+        lost = named(error)
+        assert isinstance(lost, PeerLost)
+        pipe.send(str(lost))
 
 
 @pytest.mark.parametrize(("work", "ranks", "words"), [(alone, [()], "did not come together"), (left, [(0,), (1,)], "is gone")])
@@ -72,5 +73,5 @@ def test_a_rank_that_is_not_there_is_a_lost_peer(work, ranks, words) -> None:
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="mine"), waits_named():
-        raise RuntimeError("mine")
+    mine = RuntimeError("mine")
+    assert named(mine) is mine

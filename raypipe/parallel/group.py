@@ -5,8 +5,6 @@ DTensor finds its process group through the process's default group, so a proces
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from raypipe.errors import PeerLost
 
-__all__ = ["TensorGroup", "open_group", "waits_named"]
+__all__ = ["TensorGroup", "named", "open_group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +66,14 @@ def open_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> Ten
     return TensorGroup(mesh, rank, size)
 
 
-@contextmanager
-def waits_named() -> Iterator[None]:
-    """Turns gloo's errors in a collective into ``PeerLost``: another rank of the group failed, and that is the news."""
-    try:
-        yield
-    except RuntimeError as error:
-        if any(sign in str(error) for sign in ("Connection closed by peer", "Timed out waiting", "reset by peer")):
-            raise PeerLost(None, f"a rank of the tensor group is gone ({_first_line(error)})") from error
-        raise
+def named(error: Exception) -> Exception:
+    """A ``PeerLost`` where a collective failed because another rank of the group did: that is the news, and secondary."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection closed")
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+        lost = PeerLost(None, f"a rank of the tensor group is gone ({_first_line(error)})")
+        lost.__cause__ = error
+        return lost
+    return error
 
 
 def _first_line(error: BaseException) -> str:

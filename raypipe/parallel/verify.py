@@ -38,7 +38,7 @@ class Trial:
     def __init__(self, units: Mapping[str, nn.Module]) -> None:
         kinds: dict[Any, str] = {}
         for name, unit in units.items():
-            kinds.setdefault((type(unit), repr(unit), unit.training), name)
+            kinds.setdefault((type(unit).__module__, type(unit).__qualname__, repr(unit)), name)
         # Copies of the weights, of one unit of each kind, until it is tried.
         self._whole = {name: copy.deepcopy(units[name]) for name in kinds.values()}
         self._handles: dict[str, RemovableHandle] = {}
@@ -60,6 +60,12 @@ class Trial:
             inside = {each.removeprefix(f"{name}.") for each in summed if each.startswith(f"{name}.")}
             hook = functools.partial(self._try, name, group, inside)
             self._handles[name] = units[name].register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Lets go of units that were never called here."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._whole, self._handles = {}, {}
 
     def _try(
         self,
