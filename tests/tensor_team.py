@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from typing import Any
 
@@ -22,11 +23,13 @@ def _member(rank, size, port, pipe):
     group = open_group(PrefixStore("tensor", join_store(HOST, port, 30.0)), rank, size, 60.0)
     while (task := pipe.recv()) is not None:
         scenario, args = task
+        torch.manual_seed(0)
         try:
             pipe.send((True, scenario(group, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     group.close()
+    os._exit(0)  # the interpreter takes its time to end
 
 
 class TensorTeam:
@@ -63,5 +66,5 @@ class TensorTeam:
             if process.is_alive():
                 pipe.send(None)
         for process, _ in self._members:
-            process.join(10.0)
+            process.join(30.0)
             assert process.exitcode is not None, "a member did not end"

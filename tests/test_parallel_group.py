@@ -58,7 +58,9 @@ def left(port, rank, pipe):
         pipe.send(str(lost))
 
 
-@pytest.mark.parametrize(("work", "ranks", "words"), [(alone, [()], "did not come together"), (left, [(0,), (1,)], "is gone")])
+@pytest.mark.parametrize(
+    ("work", "ranks", "words"), [(alone, [()], "did not come together"), (left, [(0,), (1,)], "is gone")]
+)
 def test_a_rank_that_is_not_there_is_a_lost_peer(work, ranks, words) -> None:
     _store, port = serve_store(HOST)
     context = multiprocessing.get_context("spawn")

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 from tensor_models import ends, llama, pairs, small
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import SequenceParallel
 
 from raypipe.errors import CutError
 from raypipe.model.units import find_units
@@ -44,4 +44,4 @@ def test_what_is_read_outside_of_units_stays_whole() -> None:
 
 def test_modules_around_units_are_refused() -> None:
     with pytest.raises(CutError, match=r"names blocks, which is not inside of one of the model's units \(embedding, "):
-        split(small(), {"blocks": ColwiseParallel(), "blocks.*.down": RowwiseParallel()})
+        split(small(), {"blocks": SequenceParallel(), **pairs()})

@@ -78,5 +78,3 @@ def named(error: Exception) -> Exception:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-

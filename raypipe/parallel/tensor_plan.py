@@ -140,7 +140,9 @@ def _shares(name: str, module: nn.Module, styles: Styles) -> bool:
     """Whether a module gives one input to several column-parallel children and does nothing else with it."""
     children = {f"{name}.{child}".lstrip("."): inner for child, inner in module.named_children()}
     columns = [child for child in children if isinstance(styles.get(child), ColwiseParallel)]
-    others = [child for child, inner in children.items() if child not in styles and any(True for _ in inner.parameters())]
+    others = [
+        child for child, inner in children.items() if child not in styles and any(True for _ in inner.parameters())
+    ]
     own = any(True for _ in module.parameters(recurse=False))
     return name not in styles and len(columns) > 1 and not others and not own
 
