@@ -20,6 +20,7 @@ from raypipe.model.partition import Chunk, Partition
 from raypipe.model.split_coverage import Coverage
 from raypipe.model.weights import LossRule
 from raypipe.options import Options
+from raypipe.parallel.stage_split import TensorSplit
 from raypipe.schedule import Choice, Schedule
 from raypipe.stage.spec import Gradients, PipelineSpec
 from raypipe.stage.worker import StageWorker
@@ -48,6 +49,7 @@ class Plan:
         stages: what each stage holds, computes and sends.
         choice: why the schedule is this one, where it was to be chosen.
         coverage: which weights' gradients wait, where the schedule has backwards in halves.
+        tensor: how a stage's layers are split among its ranks, where it has several.
     """
 
     topology: Topology
@@ -64,6 +66,7 @@ class Plan:
     stages: tuple[StagePlan, ...] = ()
     choice: Choice | None = None
     coverage: Coverage | None = None
+    tensor: TensorSplit | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -97,23 +100,28 @@ class Plan:
         holders = {name: tuple(s for s, names in enumerate(held) if name in names) for name in trainable}
         shared: dict[tuple[int, ...], list[str]] = {}
         for name, stages in holders.items():
-            if len(stages) > 1:
-                shared.setdefault(tuple(self.topology.rank(s) for s in stages), []).append(name)
+            for tensor in range(self.topology.tensor if len(stages) > 1 else 0):
+                shared.setdefault(tuple(self.topology.rank(s, tensor=tensor) for s in stages), []).append(name)
+        places = [self.topology.place(rank) for rank in range(self.topology.size)]
         owned = tuple(
-            tuple(name for name in trainable if holders[name] and holders[name][0] == stage)
-            for stage in range(self.topology.stages)
+            tuple(name for name in trainable if place.tensor == 0 and holders[name][:1] == (place.stage,))
+            for place in places
         )
         order = tuple(name for name in trainable if holders[name])
         return Gradients(owned, order, {ranks: tuple(names) for ranks, names in shared.items()})
+
+    def leaders(self) -> tuple[int, ...]:
+        """The first rank of each stage's tensor group, which speaks for the stage."""
+        return tuple(self.topology.rank(stage) for stage in range(self.topology.stages))
 
     def wiring(self) -> Wiring:
         """Which ranks talk to which."""
         pairs: dict[tuple[int, int], None] = {}
         for chunk in range(self.schedule.chunks - 1):
             one, other = self.schedule.stage_of(chunk), self.schedule.stage_of(chunk + 1)
-            if one != other:
-                pairs[self.topology.rank(one), self.topology.rank(other)] = None
-                pairs[self.topology.rank(other), self.topology.rank(one)] = None
+            for tensor in range(self.topology.tensor if one != other else 0):
+                ranks = self.topology.rank(one, tensor=tensor), self.topology.rank(other, tensor=tensor)
+                pairs[ranks] = pairs[ranks[::-1]] = None
         return Wiring(self.topology.size, tuple(sorted(pairs)), tuple(sorted(self.gradients().shared)))
 
     def spec(self) -> PipelineSpec:
@@ -138,6 +146,7 @@ class Plan:
             metrics=options.metrics,
             seed=options.seed,
             threads=options.threads or 1,
+            tensor=self.tensor,
         )
 
     def build_of(self, rank: int) -> Callable[[], StageWorker]:

@@ -40,6 +40,7 @@ from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
 from raypipe.plan import Plan
 from raypipe.schedule import Auto
+from raypipe.splitting import divided, found_split
 from raypipe.topology import Topology
 
 __all__ = ["make_plan", "planned_origin"]
@@ -86,11 +87,14 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     options, choice = chosen(options, len(microbatches), cutter)
     schedule = options.make_schedule(len(microbatches))
     cut, stages = cutter(schedule)
+    tensor = found_split(skeleton, recording, options)
+    if tensor is not None:
+        stages = tuple(divided(stage, cut, schedule, skeleton, tensor) for stage in stages)
     if training:
         refuse_changing_buffers(changes.names(), options, skeleton.unit_buffers, cut)
     rule = _find_rule(origin, skeleton, caller, batch, layout, options) if training else None
     plan = Plan(
-        Topology(options.stages),
+        Topology(options.stages, tensor=options.tensor_parallel),
         cut,
         schedule,
         layout,
@@ -104,6 +108,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         stages,
         choice,
         _coverage(twin, caller, microbatches[0].batch) if training and schedule.in_halves else None,
+        tensor,
     )
     if training:
         _try_optimizers(plan)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from raypipe.data import Cursor, Feed, Source, open_source
 from raypipe.data.wire import unpack
@@ -74,6 +75,10 @@ class PipelineTrainer:
         step_timeout_s: a rank without progress for so many seconds is stuck; the first step has at least 1800.
         backend: ``"ray"``, or ``"local"``: every stage in this process, without Ray.
         seed: of data order, dropout, and the weights of a model that a callable builds.
+        tensor_parallel: ranks of each stage, which hold a slice of each split layer. Their activations between units
+            are whole and equal.
+        tensor_parallel_plan: ``{module pattern: ParallelStyle}`` with the styles of
+            ``torch.distributed.tensor.parallel``; None: the model's own plan, as Hugging Face's models have one.
         quiet: no progress line.
         later: the arguments of the contract that come later; each is refused unless it is its default.
 
@@ -110,6 +115,8 @@ class PipelineTrainer:
         step_timeout_s: float = 300.0,
         backend: str = "ray",
         seed: int = 0,
+        tensor_parallel: int = 1,
+        tensor_parallel_plan: Mapping[str, ParallelStyle] | None = None,
         quiet: bool = False,
         **later: Any,
     ) -> None:
@@ -137,6 +144,8 @@ class PipelineTrainer:
             step_timeout_s=step_timeout_s,
             backend=backend,
             seed=seed,
+            tensor_parallel=tensor_parallel,
+            tensor_parallel_plan=tensor_parallel_plan,
             quiet=quiet,
         )
         self._origin = planned_origin(model, seed)
@@ -308,7 +317,9 @@ class PipelineTrainer:
             self._close_gang()  # one that only predicted: it has trained nothing, and was told no rule of weights
         if self._controller is None:
             self._gang = start(self._plan)
-            self._controller = Controller(self._gang, self._plan.gradients(), self._plan.admission())
+            self._controller = Controller(
+                self._gang, self._plan.gradients(), self._plan.admission(), self._plan.leaders()
+            )
             self._history = self._controller.history
         return self._controller
 

@@ -22,7 +22,10 @@ class Attention(nn.Module):
     def __init__(self, heads, dropout=0.0):
         super().__init__()
         self.num_heads, self.head_dim, self.dropout = heads, WIDTH // heads, dropout
-        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.query, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.key = nn.Linear(
+            WIDTH, WIDTH, bias=False
+        )  # a key's bias has no gradient but rounding, which AdamW scales up
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):

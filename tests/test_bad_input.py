@@ -92,8 +92,6 @@ def test_arguments(options: dict[str, Any], kind: type[Exception], words: tuple[
 
 
 LATER = {
-    "tensor_parallel": 2,
-    "tensor_parallel_plan": {"*": None},
     "data_parallel": 2,
     "shard": "optimizer",
     "precision": "bf16",

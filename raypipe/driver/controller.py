@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -36,15 +36,22 @@ class Controller:
         gang: the ranks.
         gradients: whose gradients are whose, for the global norm.
         admit: raises where a batch cannot be run; asked before a batch goes to the ranks, which a bad one would end.
+        leaders: the rank of each stage whose times are shown; None: every rank is a stage.
 
     Attributes:
-        reports: of the last step that was taken, by rank.
+        reports: of the last step that was taken, by stage.
         history: the traces of the last steps.
         step: number of the next step.
     """
 
-    def __init__(self, gang: Gang, gradients: Gradients, admit: Callable[[Any], None]) -> None:
-        self._gang, self._gradients, self._admit = gang, gradients, admit
+    def __init__(
+        self,
+        gang: Gang,
+        gradients: Gradients,
+        admit: Callable[[Any], None],
+        leaders: Sequence[int] | None = None,
+    ) -> None:
+        self._gang, self._gradients, self._admit, self._leaders = gang, gradients, admit, leaders
         self.reports: list[TrainReport] = []
         self.history = History()
         self.step = 0
@@ -153,13 +160,14 @@ class Controller:
         return self._gang.put(pack(batch))
 
     def _metrics(self, pending: Pending, tokens: int | None) -> dict[str, Any]:
-        self.reports = self._gang.wait(pending)
+        reports = self._gang.wait(pending)
+        self.reports = reports if self._leaders is None else [reports[rank] for rank in self._leaders]
         self.history.add([report.trace for report in self.reports])
         self.step = pending.step + 1
-        refused = next((report.refused for report in self.reports if report.refused), None)
+        refused = next((report.refused for report in reports if report.refused), None)
         if refused is not None:
             raise BatchError(refused)
-        metrics = step_metrics(self.reports, self._gradients)
+        metrics = step_metrics(reports, self._gradients, self.reports)
         return metrics if tokens is None else {**metrics, "tokens": tokens}
 
 

@@ -17,18 +17,22 @@ from raypipe.stage.spec import Gradients
 __all__ = ["average", "step_metrics", "tokens_in"]
 
 
-def step_metrics(reports: Sequence[TrainReport], gradients: Gradients) -> dict[str, Any]:
+def step_metrics(
+    reports: Sequence[TrainReport], gradients: Gradients, stages: Sequence[TrainReport] | None = None
+) -> dict[str, Any]:
     """One step's metrics.
 
     Args:
         reports: by rank.
         gradients: whose gradients are whose.
+        stages: the reports of one rank of each stage; None: every rank is a stage.
 
     Returns:
         ``loss``; ``grad_norm`` before clipping; ``lr`` of the first parameter group; ``samples``; ``microbatches``;
         ``seconds``, of the slowest rank; ``bubble``, the share of the stages' time in which no action was computed;
         ``peak_in_flight``, by stage.
     """
+    stages = reports if stages is None else stages
     last = next(report for report in reports if report.loss is not None)
     norms = [torch.from_numpy(report.norms.copy()) for report in reports]
     return {
@@ -39,8 +43,8 @@ def step_metrics(reports: Sequence[TrainReport], gradients: Gradients) -> dict[s
         "samples": last.samples,
         "microbatches": last.microbatches,
         "seconds": max(report.trace.ended - report.trace.started for report in reports),
-        "bubble": bubble([report.trace for report in reports]),
-        "peak_in_flight": tuple(report.trace.peak_in_flight for report in reports),
+        "bubble": bubble([report.trace for report in stages]),
+        "peak_in_flight": tuple(report.trace.peak_in_flight for report in stages),
     }
 
 

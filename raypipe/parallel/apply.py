@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
@@ -71,9 +70,10 @@ def _tie_again(model: nn.Module, places: list[_Place]) -> None:
     if any(_placed(parameter) != _placed(made[0]) for parameter in made):
         names = {id(module): name for name, module in model.named_modules()}
         other = next(p for p, m in zip(places, made, strict=True) if _placed(m) != _placed(made[0]))
+        one, two = (f"{names[id(module)]}.{name}" for module, name in (places[0], other))
         raise ValueError(
-            f"{names[id(places[0][0])]}.{places[0][1]} and {names[id(other[0])]}.{other[1]} are one weight, but tensor_parallel_plan splits "
-            "them differently; split an embedding by RowwiseParallel(input_layouts=Replicate()) and its tied head by "
+            f"{one} and {two} are one weight, but tensor_parallel_plan splits them differently; split an embedding by "
+            "RowwiseParallel(input_layouts=Replicate()) and its tied head by "
             "ColwiseParallel(output_layouts=Replicate()), or neither"
         )
     for module, name in places[1:]:
@@ -84,7 +84,6 @@ def _placed(parameter: Tensor | None) -> object:
     return parameter.placements if isinstance(parameter, DTensor) else None
 
 
-@torch.no_grad()
 def _let_go(model: nn.Module) -> None:
     """A slice must not keep the memory of the whole weight that it was cut from."""
     fresh: dict[int, nn.Parameter] = {}
@@ -92,19 +91,22 @@ def _let_go(model: nn.Module) -> None:
         for name, parameter in list(module._parameters.items()):
             if isinstance(parameter, DTensor) and _keeps_more(parameter):
                 if id(parameter) not in fresh:
-                    own = parameter.detach().to_local().clone()
-                    slice_ = DTensor.from_local(
-                        own,
-                        parameter.device_mesh,
-                        parameter.placements,
-                        run_check=False,
-                        shape=parameter.shape,
-                        stride=parameter.stride(),
-                    )
-                    fresh[id(parameter)] = nn.Parameter(slice_, requires_grad=parameter.requires_grad)
+                    fresh[id(parameter)] = _moved(parameter)
                 module._parameters[name] = fresh[id(parameter)]
 
 
 def _keeps_more(parameter: DTensor) -> bool:
-    own = parameter.detach().to_local()
+    own: Tensor = parameter.detach().to_local()
     return own.untyped_storage().nbytes() > own.numel() * own.element_size()
+
+
+def _moved(parameter: DTensor) -> nn.Parameter:
+    own = DTensor.from_local(
+        parameter.detach().to_local().clone(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return nn.Parameter(own, requires_grad=parameter.requires_grad)

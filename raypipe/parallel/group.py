@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
 
 from raypipe.errors import PeerLost
 
@@ -43,7 +43,7 @@ class TensorGroup:
             dist.destroy_process_group()
 
 
-def open_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> TensorGroup:
+def open_group(store: Store, rank: int, size: int, timeout_s: float) -> TensorGroup:
     """Connects the ranks of a tensor group; blocks until all of them are there.
 
     Args:
@@ -67,7 +67,7 @@ def open_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> Ten
 
 
 def named(error: Exception) -> Exception:
-    """A ``PeerLost`` where a collective failed because another rank of the group did: that is the news, and secondary."""
+    """A ``PeerLost`` where a collective failed because another rank of the group did; other errors as they are."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection closed")
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
         lost = PeerLost(None, f"a rank of the tensor group is gone ({_first_line(error)})")

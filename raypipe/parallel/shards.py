@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from raypipe.errors import CutError
 from raypipe.parallel.group import TensorGroup
@@ -71,7 +71,7 @@ class Shards:
                 same = [part for part in parts if part.dtype == dtype]
                 flat = torch.cat([part.flatten() for part in same])
                 self._group.sum(flat)
-                for part, total in zip(same, flat.split([part.numel() for part in same]), strict=True):
+                for part, total in zip(same, torch.split(flat, [part.numel() for part in same]), strict=True):
                     part.copy_(total.view_as(part))
 
     def norms(self, names: Iterable[str]) -> Tensor:
@@ -109,9 +109,9 @@ class Shards:
         for name, other in zip(whole, differs.tolist(), strict=True):
             if other:
                 raise CutError(
-                    f"{name} is whole on every rank of a tensor group, but its gradient differs between them: it works "
-                    "on split activations, between a ColwiseParallel and its RowwiseParallel; give its module the style "
-                    "raypipe.parallel.styles.SummedGradient() in tensor_parallel_plan, or leave that pair out of it"
+                    f"{name} is whole on every rank of a tensor group, but its gradient differs between them: it "
+                    "works on split activations, between a ColwiseParallel and its RowwiseParallel; give its module "
+                    "the style raypipe.parallel.styles.SummedGradient() in tensor_parallel_plan, or leave that pair out"
                 )
 
     def full(self, name: str) -> Tensor:
@@ -132,7 +132,9 @@ class Shards:
 def _plain(parameter: nn.Parameter) -> nn.Parameter:
     if not isinstance(parameter, DTensor):
         return parameter
-    return nn.Parameter(_there(parameter.detach().to_local()), requires_grad=parameter.requires_grad)
+    with torch.no_grad():
+        own = _there(parameter.to_local())
+    return nn.Parameter(own, requires_grad=parameter.requires_grad)
 
 
 def _local_gradient(parameter: DTensor, gradient: Tensor) -> tuple[Tensor, bool]:
@@ -140,7 +142,7 @@ def _local_gradient(parameter: DTensor, gradient: Tensor) -> tuple[Tensor, bool]
     if not isinstance(gradient, DTensor):
         return gradient, False
     (has,), (wants,) = gradient.placements, parameter.placements
-    if has.is_partial() and wants.is_replicate() and has.reduce_op == "sum":
+    if wants.is_replicate() and isinstance(has, Partial) and has.reduce_op == "sum":
         return _there(gradient.to_local()).clone(), True
     if has != wants:
         gradient = gradient.redistribute(placements=[wants])

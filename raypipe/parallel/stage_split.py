@@ -67,8 +67,8 @@ def find_split(
         if not any(name == unit or name.startswith(f"{unit}.") for unit in units):
             raise CutError(
                 f"tensor_parallel_plan names {name}, which is not inside of one of the model's units "
-                f"({', '.join(list(units)[:4])}, ...), and what goes between units is whole on every rank; name modules "
-                "in units"
+                f"({', '.join(list(units)[:4])}, ...), and what goes between units is whole on every rank; name "
+                "modules in units"
             )
     dims = _dims(model, styles)
     if outside := next((name for name in read_outside if name in dims), None):

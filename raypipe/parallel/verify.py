@@ -84,8 +84,8 @@ class Trial:
         if found:
             raise CutError(
                 f"{name}, split among {group.size} ranks by tensor_parallel_plan, does not compute what it does whole: "
-                f"{found}; leave what does not split so (a fused layer, sizes that its forward takes for whole, dropout "
-                "between a ColwiseParallel and its RowwiseParallel) out of tensor_parallel_plan"
+                f"{found}; leave what does not split so (a fused layer, sizes that its forward takes for whole, "
+                "dropout between a ColwiseParallel and its RowwiseParallel) out of tensor_parallel_plan"
             )
 
 

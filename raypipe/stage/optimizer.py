@@ -6,7 +6,7 @@ norm that of all G_p / T together, each parameter once, summed in model order so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,8 @@ class StageOptimizer:
         make_scheduler: the user's ``lr_scheduler``.
         max_grad_norm: bound of the global norm, or None.
         divisor_rank: the rank that knows what gradients are divided by, or None where each backward did that.
+        norms: gives the gradients' norms of the parameters named, float64 of shape [names]; None: they are whole here.
+        leader: the rank of its tensor group that counts them, where it is another.
 
     Raises:
         TypeError: ``make`` returned no optimizer, or one that needs the whole model; ``make_scheduler`` one that needs
@@ -57,11 +59,14 @@ class StageOptimizer:
         make_scheduler: SchedulerMaker | None,
         max_grad_norm: float | None,
         divisor_rank: int | None,
+        norms: Callable[[Sequence[str]], Tensor] | None = None,
+        leader: int | None = None,
     ) -> None:
         self._rank, self._gradients, self._max_norm = rank, gradients, max_grad_norm
         self._divisor_rank = divisor_rank
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self._owned = [self._parameters[name] for name in gradients.owned[rank]]
+        self._counted = gradients.owned[rank if leader is None else leader]
+        self._norms_of = norms or self._own_norms
         self._lengths = [
             (rank_ == divisor_rank) + (len(owned) if max_grad_norm is not None else 0)
             for rank_, owned in enumerate(gradients.owned)
@@ -105,7 +110,7 @@ class StageOptimizer:
                 refused: its gradients are thrown away. Where no rank is to tell it, all ranks know that alike.
         """
         yield from self._reduce_shared(transport)
-        norms = torch.stack([_norm(p) for p in self._owned]).double() if self._owned else torch.zeros(0).double()
+        norms = self._norms_of(self._counted)[: len(self._gradients.owned[self._rank])]
         scale: float | None = 1.0
         told = [float(divisor)] if self._rank == self._divisor_rank else []
         if self._early:
@@ -156,6 +161,10 @@ class StageOptimizer:
             yield handle
             for parameter, total, count in zip(held, sums, there.tolist(), strict=True):
                 parameter.grad = total if count else None
+
+    def _own_norms(self, names: Sequence[str]) -> Tensor:
+        owned = [_norm(self._parameters[name]) for name in names]
+        return torch.stack(owned).double() if owned else torch.zeros(0).double()
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters.values():

@@ -12,6 +12,7 @@ from raypipe.model.build import Skeleton
 from raypipe.model.call import Caller
 from raypipe.model.microbatch import BatchLayout
 from raypipe.model.weights import LossRule
+from raypipe.parallel.stage_split import TensorSplit
 from raypipe.schedule import Schedule
 from raypipe.topology import Topology
 
@@ -27,7 +28,7 @@ class Gradients:
 
     Attributes:
         owned: for each rank the trainable parameters that it counts in the global norm: all that it holds, but a shared
-            one only on its first holder.
+            one only on its first holder; those of a tensor group only on its first rank.
         order: all trainable parameters that some rank holds, in model order: the order of sums in the norm.
         shared: for each set of ranks that share parameters, their names.
     """
@@ -60,6 +61,7 @@ class PipelineSpec:
         metrics: of evaluation, by name.
         seed: of dropout.
         threads: of PyTorch in each rank, or None to leave them.
+        tensor: how a stage's layers are split among its ranks, or None where each stage is one rank.
     """
 
     topology: Topology
@@ -80,3 +82,4 @@ class PipelineSpec:
     metrics: Mapping[str, Callable[[Any, Any], Any]]
     seed: int
     threads: int | None
+    tensor: TensorSplit | None = None

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
 from raypipe.data.wire import Wire, pack, unpack
 from raypipe.errors import BatchError, PeerLost, RaypipeError, StageError
 from raypipe.model.build import held_state
 from raypipe.model.microbatch import LayoutCache, Microbatch
 from raypipe.observe.events import Recorder
+from raypipe.parallel.group import named
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.executor import Activity, execute
 from raypipe.stage.losses import Losses
@@ -26,6 +28,7 @@ from raypipe.stage.protocol import Progress, RankWork
 from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.slice import Slice
 from raypipe.stage.spec import PipelineSpec
+from raypipe.stage.tensor import TensorRank
 from raypipe.transport.base import Transport
 
 __all__ = ["StageWorker"]
@@ -54,20 +57,40 @@ class StageWorker:
         self._slice = Slice(spec.skeleton, tensors, spec.units, spec.cuts, spec.calls, spec.caller)
         self._outputs = Outputs(self._slice)
         placement = spec.schedule(spec.microbatches)
-        last = self._ranks[placement.stage_of(placement.chunks - 1)]
+        self._last = self._ranks[placement.stage_of(placement.chunks - 1)]
+        self._tensor: TensorRank | None = None
+        if spec.tensor is None:
+            self._optimizer = self._made_optimizer()
+        self._is_last = rank == self._last
+        self._program = functools.cache(self._compile)
+        self._transport: Transport | None = None
+
+    def join(self, store: Store, timeout_s: float) -> None:
+        """Joins its tensor group, and keeps its slices only."""
+        if self._spec.tensor is not None:
+            with self._reported(-1, "start"):
+                place = self._spec.topology.place(self._rank)
+                piece = self._slice
+                self._tensor = TensorRank(piece.model, piece.units, self._spec.tensor, store, place, timeout_s)
+                piece.name_tensors()
+            self._optimizer = self._made_optimizer()
+
+    def _made_optimizer(self) -> StageOptimizer:
+        spec, topology = self._spec, self._spec.topology
+        place, last = topology.place(self._rank), topology.place(self._last)
+        shards = None if self._tensor is None else self._tensor.shards
         with self._reported(-1, "optimizer"):
-            self._optimizer = StageOptimizer(
-                rank,
-                self._slice.parameters,
+            return StageOptimizer(
+                self._rank,
+                self._slice.parameters if shards is None else shards.parameters,
                 spec.gradients,
                 spec.optimizer,
                 spec.lr_scheduler,
                 spec.max_grad_norm,
-                last if spec.rule.needs_denominators else None,
+                topology.rank(last.stage, last.replica) if spec.rule.needs_denominators else None,
+                None if shards is None else shards.norms,
+                topology.rank(place.stage, place.replica),
             )
-        self._is_last = rank == last
-        self._program = functools.cache(self._compile)
-        self._transport: Transport | None = None
 
     def connect(self, transport: Transport) -> None:
         """Takes its channels."""
@@ -89,6 +112,8 @@ class StageWorker:
         yield from execute(program, computer, self._channels(), self._ranks, recorder, self._activity, step)
         with self._reported(step, "optimizer"):
             self._activity.set(step, "optimizer")
+            if self._tensor is not None:
+                self._tensor.collect()
             refused = losses.refusal() if self._is_last else None
             divisor = losses.total() if self._is_last and refused is None else 1.0
             told = _told(losses, refused, divisor)
@@ -139,6 +164,8 @@ class StageWorker:
             self._activity.set(self._activity.progress().step, "idle")
 
     def _packed_state(self) -> Wire:
+        if self._tensor is not None:
+            return pack(self._tensor.state())
         return pack({name: tensor.clone() for name, tensor in held_state(self._slice.model).items()})
 
     def progress(self) -> Progress:
@@ -209,7 +236,7 @@ class StageWorker:
         except RaypipeError:
             raise
         except Exception as error:
-            raise StageError(self._stage, word, step, error) from error
+            raise StageError(self._stage, word, step, named(error)) from error
 
 
 def _told(losses: Losses, refused: str | None, divisor: float) -> float:
