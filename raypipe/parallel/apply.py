@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
@@ -84,25 +86,26 @@ def _placed(parameter: Tensor | None) -> object:
     return parameter.placements if isinstance(parameter, DTensor) else None
 
 
+@torch.no_grad()
 def _let_go(model: nn.Module) -> None:
     """A slice must not keep the memory of the whole weight that it was cut from."""
     fresh: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if isinstance(parameter, DTensor) and _keeps_more(parameter):
+        held: dict[str, Any] = dict(module._parameters)
+        for name, parameter in held.items():
+            if isinstance(parameter, DTensor) and _keeps_more(parameter.to_local()):
                 if id(parameter) not in fresh:
                     fresh[id(parameter)] = _moved(parameter)
                 module._parameters[name] = fresh[id(parameter)]
 
 
-def _keeps_more(parameter: DTensor) -> bool:
-    own: Tensor = parameter.detach().to_local()
+def _keeps_more(own: Tensor) -> bool:
     return own.untyped_storage().nbytes() > own.numel() * own.element_size()
 
 
 def _moved(parameter: DTensor) -> nn.Parameter:
     own = DTensor.from_local(
-        parameter.detach().to_local().clone(),
+        parameter.to_local().clone(),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,

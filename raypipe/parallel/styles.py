@@ -94,5 +94,5 @@ class _Arrive(torch.autograd.Function):
         return there.view_as(there)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
