@@ -23,9 +23,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.dropout = heads, WIDTH // heads, dropout
         self.query, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.key = nn.Linear(
-            WIDTH, WIDTH, bias=False
-        )  # a key's bias has no gradient but rounding, which AdamW scales up
+        self.key = nn.Linear(WIDTH, WIDTH, bias=False)  # a bias's gradient is rounding here, which AdamW scales up
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):

@@ -116,6 +116,30 @@ def test_a_trial_leaves_no_trace(tensor_team) -> None:
     assert tensor_team(2).run(random_state, small(dropout=0.5), pairs(), tokens()[0]) == [(True, True)] * 2
 
 
+def checkpointed(group, model, plan, ids):
+    from torch.utils.checkpoint import checkpoint
+
+    plain = copy.deepcopy(model)
+    loss_of(plain, ids).backward()
+    model = copy.deepcopy(model)
+    modules = {f"blocks.{name}": module for name, module in model.blocks.named_children()}
+    trial = Trial(modules)
+    shards = split(model, group, plan)
+    trial.watch(modules, group)
+    x = model.embedding(ids[:, :-1])
+    for block in model.blocks:
+        x = checkpoint(block, x, use_reentrant=False)
+    logits = model.head(model.norm(x))
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    shards.collect()
+    found, wanted = model.embedding.weight.grad, plain.embedding.weight.grad
+    return trial.waiting, float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_a_checkpoint_around_a_unit_does_not_see_its_trial(tensor_team) -> None:
+    assert tensor_team(2).run(checkpointed, small(), pairs(), tokens()[0]) == [((), True)] * 2
+
+
 def test_no_trial_without_gradients(tensor_team) -> None:
     assert tensor_team(2).run(evaluated, small(), pairs(), tokens()[0]) == [("blocks.0",)] * 2
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
@@ -126,8 +127,8 @@ def _results(
     inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     try:
-        # Modes of the caller (a backward in halves) have no business here, and the unit's own call is not its first.
-        with torch.enable_grad(), torch._C.DisableTorchFunction():
+        # Modes of the caller (a backward in halves, a checkpoint) have no business here.
+        with torch.enable_grad(), torch._C.DisableTorchFunction(), saved_tensors_hooks(_same, _same):
             outputs = nn.Module.__call__(module, *args, **kwargs)
             made = [o for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor) and o.is_floating_point()]
             # One that is a DTensor still cannot leave the unit: it counts as missing.
@@ -150,6 +151,10 @@ def _results(
                 group.sum(gradient)
             results[f"gradient of {name}"] = gradient
     return results
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _leaf(tensor: Tensor) -> Tensor:
