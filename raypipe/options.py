@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from raypipe.data import Source, open_source
 from raypipe.data.adapters import OnceSource
@@ -30,8 +31,6 @@ __all__ = [
 ]
 
 NOT_YET: Mapping[str, Any] = {
-    "tensor_parallel": 1,
-    "tensor_parallel_plan": None,
     "checkpoint_every": None,
     "snapshot_every": None,
     "elastic": False,
@@ -75,6 +74,8 @@ class Options:
     step_timeout_s: float = 300.0
     backend: str = "ray"
     seed: int = 0
+    tensor_parallel: int = 1
+    tensor_parallel_plan: Mapping[str, ParallelStyle] | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -96,6 +97,12 @@ class Options:
             raise ValueError(f"batch_norm is {self.batch_norm!r}, but must be 'microbatch' or None")
         self._check_shard()
         Precision(self.precision)
+        _whole("tensor_parallel", self.tensor_parallel)
+        if self.tensor_parallel > 1 and self.backend == "local":
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} with backend='local', but the ranks of a tensor group wait "
+                "for each other inside of a layer and need a process each; use backend='ray', or tensor_parallel=1"
+            )
         self._check_callables()
         self._check_schedule()
         self._check_resources()

@@ -23,6 +23,7 @@ from raypipe.model.recomputing import Recomputed
 from raypipe.model.split_coverage import Coverage
 from raypipe.model.weights import LossRule
 from raypipe.options import Options
+from raypipe.parallel.stage_split import TensorSplit
 from raypipe.schedule import Choice, Schedule
 from raypipe.stage.holders import gradients_of
 from raypipe.stage.share import check_samples, share_sizes
@@ -55,6 +56,7 @@ class Plan:
         coverage: which weights' gradients wait, where the schedule has backwards in halves.
         changed: names of the buffers that a forward in train mode changes.
         recomputed: which units run again in their backward.
+        tensor: how a stage's layers are split among its ranks, where it has several.
     """
 
     topology: Topology
@@ -73,6 +75,7 @@ class Plan:
     coverage: Coverage | None = None
     changed: tuple[str, ...] = ()
     recomputed: Recomputed = field(default_factory=Recomputed)
+    tensor: TensorSplit | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -141,6 +144,7 @@ class Plan:
             shard=options.shard,
             recompute=self.recomputed.units,
             compiled=options.compile,
+            tensor=self.tensor,
         )
 
     def build_of(self, rank: int) -> Callable[[], StageWorker]:

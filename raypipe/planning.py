@@ -44,6 +44,7 @@ from raypipe.model.weights import LossRule, refuse_batch_norm
 from raypipe.options import Options
 from raypipe.plan import Plan
 from raypipe.schedule import Auto
+from raypipe.splitting import divided, found_split
 from raypipe.stage.share import share_of
 from raypipe.topology import Topology
 
@@ -97,11 +98,14 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
     schedule = options.make_schedule(len(microbatches))
     cut, stages = cutter(schedule)
     changed = tuple(changes.names()) if training else ()
+    tensor = found_split(skeleton, recording, options)
+    if tensor is not None:
+        stages = tuple(divided(stage, cut, schedule, skeleton, tensor) for stage in stages)
     if training:
         refuse_changing_buffers(changed, options, skeleton.unit_buffers, cut, schedule)
     rule = _find_rule(origin, skeleton, caller, batch, layout, options) if training else None
     plan = Plan(
-        Topology(options.stages, options.data_parallel),
+        Topology(options.stages, options.data_parallel, options.tensor_parallel),
         cut,
         schedule,
         layout,
@@ -117,6 +121,7 @@ def make_plan(model: nn.Module | Origin, options: Options, batch: Any, *, traini
         _coverage(twin, caller, microbatches[0].batch) if training and schedule.in_halves else None,
         changed,
         recomputed,
+        tensor,
     )
     if training:
         _try_optimizers(plan)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from raypipe.data import Cursor, Feed, Source, open_source
 from raypipe.data.wire import unpack
@@ -81,6 +82,10 @@ class PipelineTrainer:
         step_timeout_s: a rank without progress for so many seconds is stuck; the first step has at least 1800.
         backend: ``"ray"``, or ``"local"``: every stage in this process, without Ray.
         seed: of data order, dropout, and the weights of a model that a callable builds.
+        tensor_parallel: ranks of each stage, which hold a slice of each split layer. Their activations between units
+            are whole and equal.
+        tensor_parallel_plan: ``{module pattern: ParallelStyle}`` with the styles of
+            ``torch.distributed.tensor.parallel``; None: the model's own plan, as Hugging Face's models have one.
         quiet: no progress line.
         later: the arguments of the contract that come later; each is refused unless it is its default.
 
@@ -122,6 +127,8 @@ class PipelineTrainer:
         step_timeout_s: float = 300.0,
         backend: str = "ray",
         seed: int = 0,
+        tensor_parallel: int = 1,
+        tensor_parallel_plan: Mapping[str, ParallelStyle] | None = None,
         quiet: bool = False,
         **later: Any,
     ) -> None:
@@ -154,6 +161,8 @@ class PipelineTrainer:
             step_timeout_s=step_timeout_s,
             backend=backend,
             seed=seed,
+            tensor_parallel=tensor_parallel,
+            tensor_parallel_plan=tensor_parallel_plan,
             quiet=quiet,
         )
         self._origin = planned_origin(model, seed)

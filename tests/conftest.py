@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from tensor_team import TensorTeam
+
     from raypipe.driver.cluster import Session
 
 RANKS = 16
@@ -25,3 +27,20 @@ def ray_session() -> Iterator[Session]:
     session = start_ray(RANKS)
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def tensor_team() -> Iterator[Callable[[int], TensorTeam]]:
+    """Tensor groups of real processes, by size."""
+    from tensor_team import TensorTeam
+
+    teams: dict[int, TensorTeam] = {}
+
+    def team(size: int) -> TensorTeam:
+        if size not in teams:
+            teams[size] = TensorTeam(size)
+        return teams[size]
+
+    yield team
+    for team in teams.values():
+        team.close()

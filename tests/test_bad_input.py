@@ -97,8 +97,6 @@ def test_arguments(options: dict[str, Any], kind: type[Exception], words: tuple[
 
 
 LATER = {
-    "tensor_parallel": 2,
-    "tensor_parallel_plan": {"*": None},
     "checkpoint_every": 100,
     "snapshot_every": 10,
     "elastic": True,

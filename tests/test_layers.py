@@ -30,7 +30,7 @@ FLOORS = (  # from the top; a room imports from itself and from below, never bes
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ROOM_OF = {
     **dict.fromkeys(("table", "accounting", "advice"), "plan"),  # one room: a plan, its numbers and its text
-    **dict.fromkeys(("choosing", "cutting"), "planning"),  # one room: how a plan is made
+    **dict.fromkeys(("choosing", "cutting", "splitting"), "planning"),  # one room: how a plan is made
 }
 
 

@@ -97,6 +97,8 @@ class StageActor:
             transport = ProcessGroupTransport(store, self._rank, wiring, timeout_s=self._timeout_s, host=own_host)
             if self._built is None:
                 raise PeerLost(None, "this rank was not built")
+            if self._topology.tensor > 1:
+                self._built.join(store, self._timeout_s)
             self._built.connect(transport)
             self._worker = self._built
             # What is there now stays: the collector need not look at it again in the middle of an action.

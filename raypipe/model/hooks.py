@@ -104,7 +104,8 @@ def function_of(hook: Callable[..., Any]) -> Any:
 
 
 def is_torchs(hook: Any) -> bool:
-    """Whether a hook is PyTorch's own."""
+    """Whether a hook is PyTorch's own, or one that splits a unit as PyTorch's do."""
     function = function_of(hook)
     module = getattr(function, "__module__", None) or type(function).__module__
-    return module.split(".")[0] == "torch"
+    # Those of a tensor group too: they work on a split unit, and the recording knows only the whole one.
+    return module.split(".")[0] == "torch" or module.startswith("raypipe.parallel.")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raypipe.errors import RaypipeError, StageError
 from raypipe.observe.events import Recorder
+from raypipe.parallel.group import named
 from raypipe.schedule import Action, Op
 from raypipe.stage.inbox import Inbox
 from raypipe.stage.program import Item, Message, Program
@@ -109,7 +110,7 @@ def execute(
         except RaypipeError:
             raise
         except Exception as error:
-            raise _stage_error(program, item, step, error, replica) from error
+            raise _stage_error(program, item, step, named(error), replica) from error
         recorder.write(index, turned, start, monotonic(), computer.in_flight)
         if item.gives is not None and item.target is not None:
             if item.target == program.stage:

@@ -7,7 +7,7 @@ norm that of all G_p / T together, each parameter once, summed in model order so
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,8 @@ class StageOptimizer:
             where each backward did that.
         sharded: whether this rank steps what it owns alone, and then sends it to the other holders.
         agree: whether no rank may step before all know that every gradient is finite; as it is where they are clipped.
+        norms: gives the gradients' norms of the parameters named, float64 of shape [names]; None: they are whole here.
+        leader: the rank of its tensor group that counts them, where it is another.
 
     Raises:
         TypeError: ``make`` returned no optimizer, or one that needs the whole model; ``make_scheduler`` one that needs
@@ -71,12 +73,15 @@ class StageOptimizer:
         *,
         sharded: bool = False,
         agree: bool = False,
+        norms: Callable[[Sequence[str]], Tensor] | None = None,
+        leader: int | None = None,
     ) -> None:
         self._rank, self._gradients, self._max_norm = rank, gradients, max_grad_norm
         self._tellers = Tellers.of(divisor_rank)
         self.agrees = max_grad_norm is not None or agree
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self._owned = [self._parameters[name] for name in gradients.owned[rank]]
+        self._counted = gradients.owned[rank if leader is None else leader]
+        self._norms_of = norms or self._own_norms
         self._lengths = [
             (self._tellers.length if rank_ in self._tellers.ranks else 0) + (len(owned) if self.agrees else 0)
             for rank_, owned in enumerate(gradients.owned)
@@ -129,7 +134,7 @@ class StageOptimizer:
         if self._early and self._told is None:  # before the sums, which may go the same way
             self._told = self._tell(transport, told)
         yield from self._reduction.sum(transport)
-        norms = torch.stack([_norm(p) for p in self._owned]).double() if self._owned else torch.zeros(0).double()
+        norms = self._norms_of(self._counted)[: len(self._gradients.owned[self._rank])]
         scale: float | None = 1.0
         numbers: tuple[tuple[float, ...], ...] = ()
         seen = {self._rank: norms}
@@ -176,6 +181,10 @@ class StageOptimizer:
             return 1.0 / divisor
         coefficient = self._max_norm / (global_norm(self._gradients, norms) / divisor + 1e-6)
         return min(1.0, coefficient) / divisor
+
+    def _own_norms(self, names: Sequence[str]) -> Tensor:
+        owned = [_norm(self._parameters[name]) for name in names]
+        return torch.stack(owned).double() if owned else torch.zeros(0).double()
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters.values():

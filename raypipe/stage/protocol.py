@@ -10,6 +10,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from torch.distributed.distributed_c10d import Store
+
 from raypipe.transport.base import Handle, Transport
 
 __all__ = ["Progress", "RankWork", "Worker", "run_blocking"]
@@ -37,6 +39,9 @@ class Progress:
 
 class Worker(Protocol):
     """One rank at work."""
+
+    def join(self, store: Store, timeout_s: float) -> None:
+        """Joins its tensor group; called before ``connect``, and only where a stage has several ranks."""
 
     def connect(self, transport: Transport) -> None:
         """Takes its channels. Called once, before any step."""

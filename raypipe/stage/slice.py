@@ -59,6 +59,7 @@ class Slice:
         compiled: whether to compile the units.
 
     Attributes:
+        units: of the model, by name.
         parameters: the parameters held, by name, in model order.
     """
 
@@ -77,20 +78,24 @@ class Slice:
         self.model = materialise(skeleton, tensors)
         self._cuts, self._calls, self._caller = cuts, calls, caller
         self._recompute = frozenset(recompute)
-        units = find_units(self.model, patterns)
-        self._switch = install(units)
+        self.units = find_units(self.model, patterns)
+        self._switch = install(self.units)
         if compiled:
-            compile_units(units, self._recompute)
-        named = dict(self.model.named_parameters())
+            compile_units(self.units, self._recompute)
         self._trainable = {name for name, parameter in self._twin.model.named_parameters() if parameter.requires_grad}
-        self._names = {id(parameter): name for name, parameter in named.items()}
-        buffers = {id(buffer): name for name, buffer in self.model.named_buffers()}
-        self._names.update((id(b), buffers[id(b)]) for unit in units.values() for b in unit.buffers())
-        self.parameters = {name: p for name, p in named.items() if not isinstance(p, Husk)}
+        self.name_tensors()
         self._train_modes = [(module, module.training) for module in (*self._modules(),)]
         self._training = True
         self._planned: dict[Any, Planned] = {}
         self._predictor = Predictor(self._twin.empty)
+
+    def name_tensors(self) -> None:
+        """Finds the parameters and the units' buffers; again after parameters were put in the place of others."""
+        named = dict(self.model.named_parameters())
+        self._names = {id(parameter): name for name, parameter in named.items()}
+        buffers = {id(buffer): name for name, buffer in self.model.named_buffers()}
+        self._names.update((id(b), buffers[id(b)]) for unit in self.units.values() for b in unit.buffers())
+        self.parameters = {name: p for name, p in named.items() if not isinstance(p, Husk)}
 
     def set_training(self, training: bool) -> None:
         """Training runs in the modes that the model came in, evaluation in eval mode."""

@@ -12,6 +12,7 @@ from raypipe.model.build import Skeleton
 from raypipe.model.call import Caller
 from raypipe.model.microbatch import BatchLayout
 from raypipe.model.weights import LossRule
+from raypipe.parallel.stage_split import TensorSplit
 from raypipe.schedule import Schedule
 from raypipe.topology import Topology
 
@@ -70,6 +71,7 @@ class PipelineSpec:
         shard: ``"optimizer"`` where each replica keeps and steps its part of the optimizer, else None.
         recompute: names of the units that run again in their backward.
         compiled: whether ranks compile their units.
+        tensor: how a stage's layers are split among its ranks, or None where each stage is one rank.
     """
 
     topology: Topology
@@ -93,3 +95,4 @@ class PipelineSpec:
     shard: str | None = None
     recompute: tuple[str, ...] = ()
     compiled: bool = False
+    tensor: TensorSplit | None = None

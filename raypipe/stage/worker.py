@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
 from raypipe.data.wire import Wire, pack, unpack
 from raypipe.errors import BatchError, PeerLost, RaypipeError, StageError
 from raypipe.model.build import held_state
 from raypipe.model.microbatch import LayoutCache, Microbatch
 from raypipe.observe.events import Recorder
+from raypipe.parallel.group import named
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.executor import Activity, execute
 from raypipe.stage.loss_scale import LossScale
@@ -31,6 +33,7 @@ from raypipe.stage.share import Share, share_of, weights_of
 from raypipe.stage.slice import Slice
 from raypipe.stage.spec import PipelineSpec
 from raypipe.stage.tally import Tally, refusal_of, tellers_of
+from raypipe.stage.tensor import TensorRank
 from raypipe.transport.base import Transport
 
 __all__ = ["StageWorker"]
@@ -62,23 +65,42 @@ class StageWorker:
         )
         self._outputs = Outputs(self._slice)
         placement = spec.schedule(spec.microbatches)
-        last = self._ranks[placement.stage_of(placement.chunks - 1)]
-        self._is_last = rank == last
+        self._last = self._ranks[placement.stage_of(placement.chunks - 1)]
+        self._is_last = rank == self._last
         self._loss_scale = LossScale() if spec.caller.precision.scales_loss else None
+        self._tensor: TensorRank | None = None
+        if spec.tensor is None:
+            self._optimizer = self._made_optimizer()
+        self._program = functools.cache(self._compile)
+        self._transport: Transport | None = None
+
+    def join(self, store: Store, timeout_s: float) -> None:
+        """Joins its tensor group, and keeps its slices only."""
+        if self._spec.tensor is not None:
+            with self._reported(-1, "start"):
+                place = self._spec.topology.place(self._rank)
+                piece = self._slice
+                self._tensor = TensorRank(piece.model, piece.units, self._spec.tensor, store, place, timeout_s)
+                piece.name_tensors()
+            self._optimizer = self._made_optimizer()
+
+    def _made_optimizer(self) -> StageOptimizer:
+        spec, topology = self._spec, self._spec.topology
+        shards = None if self._tensor is None else self._tensor.shards
         with self._reported(-1, "optimizer"):
-            self._optimizer = StageOptimizer(
-                rank,
-                self._slice.parameters,
+            return StageOptimizer(
+                self._rank,
+                self._slice.parameters if shards is None else shards.parameters,
                 spec.gradients,
                 spec.optimizer,
                 spec.lr_scheduler,
                 spec.max_grad_norm,
-                tellers_of(spec.rule, spec.topology, last, always=self._loss_scale is not None),
+                tellers_of(spec.rule, topology, topology.leader(self._last), always=self._loss_scale is not None),
                 sharded=spec.shard == "optimizer",
                 agree=self._loss_scale is not None,
+                norms=None if shards is None else shards.norms,
+                leader=topology.leader(self._rank),
             )
-        self._program = functools.cache(self._compile)
-        self._transport: Transport | None = None
 
     def connect(self, transport: Transport) -> None:
         """Takes its channels."""
@@ -102,6 +124,8 @@ class StageWorker:
         yield from self._execute(program, computer, recorder, step)
         with self._reported(step, "optimizer"):
             self._activity.set(step, "optimizer")
+            if self._tensor is not None:
+                self._tensor.collect()
             work = self._optimizer.finish(self._channels(), self._told(losses), scale)
             update = yield from self._waiting(work, step)
             non_finite = self._settle(update, losses, step)
@@ -155,6 +179,8 @@ class StageWorker:
             self._activity.set(self._activity.progress().step, "idle")
 
     def _packed_state(self) -> Wire:
+        if self._tensor is not None:
+            return pack(self._tensor.state())
         return pack({name: tensor.clone() for name, tensor in held_state(self._slice.model).items()})
 
     def progress(self) -> Progress:
@@ -282,4 +308,4 @@ class StageWorker:
         except RaypipeError:
             raise
         except Exception as error:
-            raise StageError(self._stage, word, step, error, replica=self._named) from error
+            raise StageError(self._stage, word, step, named(error), replica=self._named) from error
