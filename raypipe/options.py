@@ -97,6 +97,11 @@ class Options:
             raise ValueError(f"batch_norm is {self.batch_norm!r}, but must be 'microbatch' or None")
         self._check_shard()
         Precision(self.precision)
+        if self.compile is True and self.tensor_parallel > 1:
+            raise ValueError(
+                f"compile=True with tensor_parallel={self.tensor_parallel} is not built yet, since split layers are not "
+                "compiled; leave one of them out"
+            )
         _whole("tensor_parallel", self.tensor_parallel)
         if self.tensor_parallel > 1 and self.backend == "local":
             raise ValueError(

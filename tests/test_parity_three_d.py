@@ -1,0 +1,53 @@
+"""The pipeline in three dimensions on Ray: stages, tensor groups and replicas, against the unsplit model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_stage_tensor import MODELS, assert_trains_like_unsplit, batch_of, trained
+from tensor_models import small, tokens
+
+pytestmark = pytest.mark.ray
+
+GRIDS = [(1, 2, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (4, 1, 2)]
+SHARDS = (None, "optimizer")
+
+
+def told(replicas: int, shard: str | None) -> dict[str, Any]:
+    return {"data_parallel": replicas, "shard": shard if replicas > 1 else None}
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_eight_ranks_train_like_one(ray_session: object, shard: str | None) -> None:
+    assert_trains_like_unsplit("llama", 2, 2, **told(2, shard))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt", "llama_tied", "small_by_vocabulary"])
+@pytest.mark.parametrize(("stages", "tensor", "replicas"), GRIDS)
+@pytest.mark.parametrize("shard", SHARDS)
+def test_every_grid_trains_like_one(
+    ray_session: object, name: str, stages: int, tensor: int, replicas: int, shard: str | None
+) -> None:
+    if shard and replicas == 1:
+        pytest.skip("nothing is shared out by one replica")
+    assert_trains_like_unsplit(name, stages, tensor, **told(replicas, shard))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_units_of_a_tensor_group_run_again(ray_session: object, schedule: str) -> None:
+    for name in ("small", "llama"):
+        assert_trains_like_unsplit(name, 2, 2, recompute="full", schedule=schedule, **told(2, "optimizer"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_tensor_group_in_mixed_precision(ray_session: object, precision: str) -> None:
+    model = MODELS["small"][0]().float()
+    batches = [batch_of(model, ids) for ids in tokens()]
+    one = trained(model, batches, 1, 1, precision=precision)
+    two = trained(model, batches, 2, 2, MODELS["small"][1](), precision=precision, **told(2, "optimizer"))
+    assert two[0] == pytest.approx(one[0], rel=2e-2)
+    assert two[3]["loss"] == pytest.approx(one[3]["loss"], rel=2e-2)
