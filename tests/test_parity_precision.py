@@ -373,3 +373,14 @@ def test_on_ray_a_nan_is_one_error_too(ray_session: Session, max_norm: float | N
         trainer.train_step(fragile_batch())
         with pytest.raises(NonFiniteError, match=r"stage 2, step 1: the gradient of blocks\.2\.linear\.bias has"):
             trainer.train_step(fragile_batch(flag=0.0))
+
+
+@pytest.mark.slow
+def test_on_ray_a_step_is_skipped_together_too(ray_session: Session) -> None:
+    with fragile("fp16", backend="ray") as trainer:
+        before = trainer.state_dict() if trainer.train_step(fragile_batch())["skipped"] is False else {}
+        skipped = trainer.train_step(fragile_batch(flag=0.0))
+        after = trainer.state_dict()
+        assert (skipped["skipped"], trainer.train_step(fragile_batch())["loss_scale"]) == (True, 32768.0)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
