@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from training import trainer_of
 
 from raypipe.errors import ResourcesError
 from raypipe.model.compiled import compile_units, compiled_again, eagerly
@@ -19,7 +20,10 @@ from raypipe.model.recompute import recomputed
 from raypipe.model.split_backward import SplitBackward
 from raypipe.model.weight_queue import WeightQueue
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # of the compiler's own imports
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),  # of the compiler's own imports
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # dynamo asks, and hides it
+]
 W = 8
 _COMPILE = torch.compile
 
@@ -157,6 +161,32 @@ def test_a_unit_with_an_object_is_compiled_and_left_whole(monkeypatch: pytest.Mo
     with saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)), lambda _: None):
         recomputed(block.__call__, (torch.rand(3, W),), {"scale": object()})
     assert (3, 4 * W) in kept
+
+
+def test_a_loss_inside_a_unit_stays_in_sight(backend: list[Any]) -> None:
+    """What its cross-entropy averages over weighs the microbatch."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(W, 5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.out(x), y)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = nn.ModuleList([Block(), Block()]), Head()
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x, y)
+
+    with trainer_of(Model(), 1, compile=True, microbatches=1) as trainer:
+        trainer.train_step({"x": torch.rand(6, W), "y": torch.arange(6) % 5})
+    assert len(backend) == 2  # the first block is given what needs no gradient
 
 
 def test_without_a_compiler_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

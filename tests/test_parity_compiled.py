@@ -91,7 +91,7 @@ def test_over_ray(ray_session: Session) -> None:
 
 
 @pytest.mark.slow
-def test_a_loss_inside_a_unit_is_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_inside_a_unit_is_weighed() -> None:
     """What its cross-entropy averages over has to be seen, so that unit stays eager."""
 
     class Head(nn.Module):
@@ -113,5 +113,5 @@ def test_a_loss_inside_a_unit_is_weighed(monkeypatch: pytest.MonkeyPatch) -> Non
             return self.head((x, y))  # type: ignore[no-any-return]
 
     torch.manual_seed(0)
-    batch = {"x": torch.rand(8, 8), "y": torch.tensor([0, 0, 0, 1, 2, 3, 4, 1])}
+    batch = {"x": torch.rand(6, 8), "y": torch.tensor([0, 0, 1, 2, 3, 4])}
     assert_close(*both(Model(), [batch] * 2))
