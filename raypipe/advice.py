@@ -47,7 +47,9 @@ def advice(plan: Plan, bubble: float) -> list[str]:
     # A copy takes its microbatches one after the other: one is in flight. (A shared weight counts at each holder.)
     need = sum(s.total_bytes - s.received_bytes - s.peak_activations_bytes + s.activations_bytes for s in plan.stages)
     copies = count if what == "machine" else 1
-    if len(plan.stages) > 1 and plan.rule is not None and plan.samples >= count and need * copies <= memory:
+    # Of a tensor group one rank is counted, so what the whole model needs is not told by these numbers.
+    whole = plan.topology.tensor == 1 and plan.rule is not None
+    if len(plan.stages) > 1 and whole and plan.samples >= count and need * copies <= memory:
         sends = 2 * plan.schedule.microbatches * sum(s.sends_bytes for s in plan.stages)
         gradients = sum(s.gradients_bytes for s in plan.stages)
         lines.append(

@@ -17,6 +17,7 @@ from raypipe.model.partition import check_balance
 from raypipe.model.precision import Precision
 from raypipe.model.recomputing import check_recompute
 from raypipe.model.weights import LossRule
+from raypipe.parallel.tensor_plan import check_plan
 from raypipe.schedule import Auto, Schedule, chunks_of, names
 from raypipe.schedule.maker import ScheduleMaker
 from raypipe.stage.spec import OptimizerMaker, SchedulerMaker
@@ -103,6 +104,8 @@ class Options:
                 "compiled; leave one of them out"
             )
         _whole("tensor_parallel", self.tensor_parallel)
+        if self.tensor_parallel_plan is not None:
+            check_plan(self.tensor_parallel_plan)
         if self.tensor_parallel > 1 and self.backend == "local":
             raise ValueError(
                 f"tensor_parallel={self.tensor_parallel} with backend='local', but the ranks of a tensor group wait "

@@ -31,6 +31,11 @@ def plan_table(plan: Plan) -> str:
     if shared:
         holders = (f"{name} (chunks {', '.join(map(str, chunks))})" for name, chunks in shared.items())
         lines.append(f"shared: {', '.join(holders)}")
+    if plan.tensor is not None:
+        lines.append(
+            f"tensor_parallel={plan.tensor.size}: parameters, weights, gradients and optimizer are one rank's; "
+            "activations count whole"
+        )
     replicas, samples = plan.topology.replicas, plan.samples
     if replicas > 1 and plan.rule is not None:
         sharing = ", which share the optimizer's state out" if plan.options.shard else ""

@@ -117,6 +117,21 @@ def llama(heads=4, keys=2, tied=False, kind="llama", width=16, **options):
     return model(made)
 
 
+def family(kind):
+    """Another tiny Hugging Face model."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    keys = {} if kind == "GPTNeoX" else {"num_key_value_heads": 2, "max_position_embeddings": 32}
+    more = {"head_dim": 4} if kind == "Gemma2" else {}
+    return getattr(transformers, f"{kind}ForCausalLM")(
+        config(**sizes, **special, **keys, **more, vocab_size=VOCABULARY)
+    )
+
+
 def tokens(steps=STEPS, samples=4, length=12):
     noise = torch.Generator().manual_seed(1)
     return [torch.randint(0, VOCABULARY, (samples, length), generator=noise) for _ in range(steps)]

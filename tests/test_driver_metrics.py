@@ -56,6 +56,17 @@ def test_replicas_add_up_to_one_step() -> None:
     assert metrics["bubble"] == pytest.approx(0.0)
 
 
+def test_one_rank_of_a_tensor_group_tells_the_loss_and_the_norms() -> None:
+    reports = [
+        report([[0, 0, 2], [2, 2, 10]], 1.5, norms=[3.0, 4.0], peak=2),
+        report([[0, 0, 9], [9, 9, 10]], 1.5, norms=[], peak=7),
+    ]
+    metrics = step_metrics(reports, Gradients((("a", "b"), ()), ("a", "b")), Topology(1, tensor=2))
+    assert metrics["loss"] == 1.5
+    assert metrics["grad_norm"] == pytest.approx(5.0)
+    assert metrics["peak_in_flight"] == (7,)
+
+
 def test_an_evaluation_averages_losses_by_weight_and_metrics_by_samples() -> None:
     reports = [ForwardReport(8, 1.0, 80.0, {"accuracy": 0.5}), ForwardReport(2, 4.0, 40.0, {"accuracy": 1.0})]
     assert average(reports) == {"loss": pytest.approx(2.0), "samples": 10, "accuracy": pytest.approx(0.6)}

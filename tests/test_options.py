@@ -75,3 +75,14 @@ def test_compile_and_recompute() -> None:
         Options(2, compile=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="recompute is 'half', but must be 'none', 'full', or a callable"):
         Options(2, recompute="half")
+
+
+def test_tensor_groups_need_processes_and_a_whole_number() -> None:
+    assert Options(2, tensor_parallel=2).tensor_parallel == 2
+    assert Options(2, tensor_parallel=1, backend="local").tensor_parallel == 1
+    with pytest.raises(ValueError, match="tensor_parallel is 0, but must be at least 1"):
+        Options(2, tensor_parallel=0)
+    with pytest.raises(ValueError, match="use backend='ray', or tensor_parallel=1"):
+        Options(2, tensor_parallel=2, backend="local")
+    with pytest.raises(TypeError, match=r"tensor_parallel_plan is \{'up': 'colwise'\}, but must be a dict of patterns"):
+        Options(2, tensor_parallel_plan={"up": "colwise"})  # type: ignore[dict-item]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tensor_models import tokens
 from test_stage_tensor import MODELS, assert_trains_like_unsplit, batch_of, trained
-from tensor_models import small, tokens
 
 pytestmark = pytest.mark.ray
 

@@ -30,6 +30,7 @@ def test_a_rank_holds_its_part_of_what_is_split() -> None:
     # AdamW's two moments; each parameter's count of steps stays whole.
     assert half.optimizer_bytes == pytest.approx(whole.optimizer_bytes - 8 * cut, rel=0.02)
     assert half.activations_bytes == whole.activations_bytes
+    assert "tensor_parallel=2: parameters, weights" in str(planned(2))
 
 
 def test_ranks_and_channels() -> None:

@@ -182,3 +182,32 @@ def test_a_loss_that_is_not_finite_is_told_like_a_divisor(divisor: float, refuse
         assert (update.non_finite is None) == refused
         assert refused or str(update.non_finite) == "the loss"
     assert not any(p.any() or p.grad is not None for held in ranks for p in held.values())
+
+
+def test_norms_of_slices_are_asked_for_by_all_and_told_by_the_first() -> None:
+    """Two ranks with a slice each of one parameter, whose norm over both is 5."""
+    gradients = Gradients(owned=(("a",), ()), order=("a",))
+    hub, asked = MemoryHub(2), []
+
+    def norms(names: Sequence[str]) -> torch.Tensor:
+        asked.append(tuple(names))
+        return torch.tensor([5.0], dtype=torch.float64)
+
+    held = parameter([3.0, 0.0]), parameter([0.0, 4.0])
+    works = [
+        StageOptimizer(rank, {"a": p}, gradients, sgd, None, 1.0, None, norms=norms, leader=0).finish(
+            hub.transport(rank), 1.0
+        )
+        for rank, p in enumerate(held)
+    ]
+    for work in works:
+        next(work)
+    updates = []
+    for work in works:
+        with pytest.raises(StopIteration) as stop:
+            next(work)
+        updates.append(stop.value.value)
+    assert asked == [("a",), ("a",)]
+    assert [update.norms.tolist() for update in updates] == [[5.0], []]
+    assert held[0].tolist() == [pytest.approx(-0.6), 0.0]
+    assert held[1].tolist() == [0.0, pytest.approx(-0.8)]

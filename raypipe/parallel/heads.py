@@ -103,7 +103,7 @@ def _number(module: nn.Module, names: tuple[str, ...], in_config: str) -> int | 
     for name in names:
         if _is_number(module, name):
             return int(getattr(module, name))
-    is_attention = any(_is_number(module, name) for name in (*_GROUPS, "head_dim", "attention_head_size"))
+    is_attention = any(_is_number(module, name) for name in (*_GROUPS, "head_dim", "head_size", "attention_head_size"))
     value = getattr(getattr(module, "config", None), in_config, None) if is_attention else None
     return value if isinstance(value, int) else None
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from raypipe.parallel.styles import SharedInput, SummedGradient
 
-__all__ = ["Styles", "find_styles"]
+__all__ = ["Styles", "check_plan", "find_styles"]
 
 Styles = dict[str, ParallelStyle]
 """Styles by module name, as ``named_modules`` gives it."""
@@ -49,7 +49,9 @@ def find_styles(model: nn.Module, given: Mapping[str, ParallelStyle] | None, siz
         TypeError: ``given`` is no dict of styles.
         ValueError: there is no plan; a pattern matches nothing; two match one module; a layer cannot be split so.
     """
-    plan = _own_plan(model, size) if given is None else _checked(given)
+    if given is not None:
+        check_plan(given)
+    plan = _own_plan(model, size) if given is None else given
     modules = dict(model.named_modules())
     styles: Styles = {}
     by: dict[str, str] = {}
@@ -101,14 +103,18 @@ def _own_plan(model: nn.Module, size: int) -> dict[str, ParallelStyle]:
     return plan
 
 
-def _checked(given: Mapping[str, ParallelStyle]) -> Mapping[str, ParallelStyle]:
+def check_plan(given: Mapping[str, ParallelStyle]) -> None:
+    """Refuses what is no plan, before a model is looked at.
+
+    Raises:
+        TypeError: it is not a dict of styles by patterns, or an empty one.
+    """
     wrong = not isinstance(given, Mapping) or not given
     if wrong or not all(isinstance(n, str) and isinstance(s, ParallelStyle) for n, s in given.items()):
         raise TypeError(
             f"tensor_parallel_plan is {given!r}, but must be a dict of patterns of module names and styles of "
             f"torch.distributed.tensor.parallel, such as {EXAMPLE}"
         )
-    return given
 
 
 def _check_layer(name: str, module: nn.Module, style: ParallelStyle, size: int) -> None:
