@@ -100,8 +100,8 @@ class Options:
         Precision(self.precision)
         if self.compile is True and self.tensor_parallel > 1:
             raise ValueError(
-                f"compile=True with tensor_parallel={self.tensor_parallel} is not built yet, since split layers are not "
-                "compiled; leave one of them out"
+                f"compile=True with tensor_parallel={self.tensor_parallel} is not built yet, as split layers are not "
+                "compiled; leave one of the two out"
             )
         _whole("tensor_parallel", self.tensor_parallel)
         if self.tensor_parallel_plan is not None:

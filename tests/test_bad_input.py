@@ -84,7 +84,11 @@ def assert_words(text: str, *words: str) -> None:
         ({"data_parallel": 0}, ValueError, ("data_parallel is 0", "at least 1")),
         ({"shard": "weights"}, ValueError, ("shard is 'weights'", "'optimizer'")),
         ({"shard": "parameters", "data_parallel": 2}, ValueError, ("shard='parameters'", "not built yet", "optimizer")),
-        ({"compile": True, "tensor_parallel": 2, "backend": "ray"}, ValueError, ("compile=True", "leave one")),
+        (
+            {"compile": True, "tensor_parallel": 2, "backend": "ray"},
+            ValueError,
+            ("compile=True", "leave one of the two out"),
+        ),
         ({"shard": "optimizer"}, ValueError, ("data_parallel is 1", "leave shard out")),
         ({"evaluate_every": 5}, ValueError, ("evaluate_every=5", "valid")),
         ({"precision": "fp8"}, ValueError, ("precision is 'fp8'", "'fp32', 'bf16', 'fp16'")),

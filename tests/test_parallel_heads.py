@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from tensor_models import llama, pairs, small
-from torch.distributed.tensor.parallel import ColwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from raypipe.parallel.heads import Local, split_heads
 from raypipe.parallel.styles import KeyValueParallel
@@ -44,3 +44,12 @@ def test_heads_that_cannot_be_shared_out(heads, keys, size, words) -> None:
 def test_heads_of_attention_that_is_not_split_do_not_matter() -> None:
     plan = {name: style for name, style in pairs().items() if "attention" not in name}
     assert shared_out(small(heads=1), plan, 2)[1] == []
+
+
+def test_few_key_value_heads_that_stay_whole_are_refused() -> None:
+    """Their gradients would be those of a rank's own queries, in silence."""
+    plan = {"model.layers.*.self_attn.q_proj": ColwiseParallel(), "model.layers.*.self_attn.o_proj": RowwiseParallel()}
+    with pytest.raises(
+        ValueError, match="its projections of keys and values are not two layers that 2 ranks can share"
+    ):
+        shared_out(llama(4, 1), plan, 2)

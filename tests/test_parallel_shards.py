@@ -17,11 +17,15 @@ from raypipe.parallel.styles import SummedGradient
 from raypipe.parallel.tensor_plan import find_styles
 
 
+def in_this_way(group, model, plan, way):
+    return train_split(group, model, plan, **{way: True})
+
+
 @pytest.mark.parametrize("way", ["foreach", "fused"])
 def test_the_optimizer_gets_plain_tensors(tensor_team, way) -> None:
     model = small().double()
     wanted = train_whole(model, **{way: True})
-    for found in tensor_team(2).run(train_split, model, {**pairs(), **ends()}, 0.5):
+    for found in tensor_team(2).run(in_this_way, model, {**pairs(), **ends()}, way):
         assert_same_training(found, wanted, 1e-9)
 
 

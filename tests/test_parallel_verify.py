@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensor_models import WIDTH, llama, loss_of, pairs, small, split, tokens
 from torch import nn
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn import functional as F
 
@@ -76,6 +77,29 @@ class Rescaled(nn.Module):
     def forward(self, x):
         y = self.up(x)
         return self.down(y / y.shape[-1])
+
+
+def with_own_gradients_only(group, model, ids):
+    """Keys and values whose gradients are those of a rank's own queries: the loss is right."""
+    from raypipe.parallel import styles
+
+    def pick(own, module, args, output):
+        return output.redistribute(placements=[Replicate()]).to_local()[..., own]
+
+    right, styles._pick = styles._pick, pick
+    try:
+        whole = float(loss_of(copy.deepcopy(model), ids).detach())
+        naive = copy.deepcopy(model)
+        split(naive, group)
+        return whole - float(loss_of(naive, ids).detach()), tried(group, model, None, ids, "model.layers")
+    finally:
+        styles._pick = right
+
+
+def test_wrong_gradients_under_a_right_loss_are_refused(tensor_team) -> None:
+    for difference, found in tensor_team(4).run(with_own_gradients_only, llama(4, 2), tokens()[0]):
+        assert abs(difference) < 1e-6
+        assert "another gradient of " in found
 
 
 def in_small(block):

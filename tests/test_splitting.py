@@ -45,7 +45,7 @@ def test_ranks_and_channels() -> None:
         quiet=True,
     ).plan()
     assert plan.topology.size == 4
-    assert plan.leaders() == (0, 2)
+    assert plan.topology.leaders(0) == (0, 2)
     wiring = plan.wiring()
     assert wiring.pairs == ((0, 2), (1, 3), (2, 0), (3, 1))  # each rank to its counterpart
     assert wiring.groups == ((0, 2), (1, 3))  # the embedding's slices, which are the head's
