@@ -85,3 +85,20 @@ def test_t5_learns_over_ray(tmp_path: Path) -> None:
     right = re.search(r"(\d+) of (\d+) are right", printed)
     assert right
     assert int(right[1]) > int(right[2]) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_eight_ranks_learn_together(tmp_path: Path) -> None:
+    first, last = losses(run("three_d.py", tmp_path, "--steps", "40"))
+    assert 5.0 < first < 6.0
+    assert last < 3.8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_model_that_fits_no_machine_here_is_planned(tmp_path: Path) -> None:
+    grid = ("--stages", "4", "--tensor-parallel", "2", "--data-parallel", "4", "--precision", "bf16")
+    printed = run("three_d.py", tmp_path, "--plan-only", "--size", "7b", *grid)
+    assert "4 replicas of this pipeline, 32 ranks" in printed
+    assert "tensor_parallel=2" in printed

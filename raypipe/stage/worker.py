@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
@@ -21,10 +20,8 @@ from raypipe.observe.events import Recorder
 from raypipe.parallel.group import named
 from raypipe.stage.compute import ForwardComputer, TrainComputer
 from raypipe.stage.executor import Activity, execute
-from raypipe.stage.loss_scale import LossScale
 from raypipe.stage.losses import Losses
-from raypipe.stage.non_finite import gradient_error, loss_error, scale_error
-from raypipe.stage.optimizer import StageOptimizer, Update
+from raypipe.stage.optimizer import StageOptimizer
 from raypipe.stage.outputs import Outputs
 from raypipe.stage.program import Program, compile_program
 from raypipe.stage.protocol import Progress, RankWork
@@ -32,8 +29,9 @@ from raypipe.stage.report import ForwardReport, TrainReport
 from raypipe.stage.share import Share, share_of, weights_of
 from raypipe.stage.slice import Slice
 from raypipe.stage.spec import PipelineSpec
-from raypipe.stage.tally import Tally, refusal_of, tellers_of
+from raypipe.stage.tally import tellers_of
 from raypipe.stage.tensor import TensorRank
+from raypipe.stage.verdict import Verdict
 from raypipe.transport.base import Transport
 
 __all__ = ["StageWorker"]
@@ -67,7 +65,7 @@ class StageWorker:
         placement = spec.schedule(spec.microbatches)
         self._last = self._ranks[placement.stage_of(placement.chunks - 1)]
         self._is_last = rank == self._last
-        self._loss_scale = LossScale() if spec.caller.precision.scales_loss else None
+        self._verdict = Verdict(spec, rank, is_last=self._is_last)
         self._tensor: TensorRank | None = None
         if spec.tensor is None:
             self._optimizer = self._made_optimizer()
@@ -95,9 +93,9 @@ class StageWorker:
                 spec.optimizer,
                 spec.lr_scheduler,
                 spec.max_grad_norm,
-                tellers_of(spec.rule, topology, topology.leader(self._last), always=self._loss_scale is not None),
+                tellers_of(spec.rule, topology, topology.leader(self._last), always=self._verdict.scales),
                 sharded=spec.shard == "optimizer",
-                agree=self._loss_scale is not None,
+                agree=self._verdict.scales,
                 norms=None if shards is None else shards.norms,
                 leader=topology.leader(self._rank),
             )
@@ -113,7 +111,7 @@ class StageWorker:
         with self._reported(step, "batch"):
             self._activity.set(step, "batch")
             self._slice.set_training(True)
-            scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+            scale = self._verdict.scale
             samples, share, losses = self._shared_out(unpack(batch), scale)
             microbatches = share.microbatches
             program = self._program(len(microbatches), True)
@@ -126,10 +124,10 @@ class StageWorker:
             self._activity.set(step, "optimizer")
             if self._tensor is not None:
                 self._tensor.collect()
-            work = self._optimizer.finish(self._channels(), self._told(losses), scale)
+            work = self._optimizer.finish(self._channels(), self._verdict.told(losses), scale)
             update = yield from self._waiting(work, step)
-            non_finite = self._settle(update, losses, step)
-            loss, divisor, refused = self._outcome(losses, update) if self._is_last else (None, None, None)
+            non_finite = self._verdict.settle(update, losses, step, agreed=self._optimizer.agrees)
+            loss, divisor, refused = self._verdict.outcome(losses, update)
             yield from self._waiting(self._flush(), step)
         trace = recorder.trace()
         self._activity.set(step, "idle")
@@ -143,7 +141,7 @@ class StageWorker:
             update.lr,
             trace,
             refused,
-            None if self._loss_scale is None else scale,
+            scale if self._verdict.scales else None,
             non_finite,
         )
 
@@ -211,52 +209,8 @@ class StageWorker:
 
     def _tell(self, losses: Losses) -> None:
         """Every loss of the step is known: what its gradients are divided by can go to the other ranks."""
-        if not self._is_last:
-            return
-        refused = losses.refusal()
-        found = losses.non_finite() if refused is None and self._loss_scale is None else None
-        if found is not None:  # before the last backward: no rank has all of its gradients, so none has stepped
-            number, loss = found
-            raise loss_error(loss, number, self._stage, self._activity.progress().step)
-        if self._replicas > 1 or losses.trains or refused is not None:  # else the step's end says what is wrong
-            self._optimizer.tell(self._channels(), self._told(losses))
-
-    def _told(self, losses: Losses) -> float | list[float]:
-        """What the optimizers are told: the divisor, 0 for a batch that is refused, NaN where a loss is not finite."""
-        if self._is_last and self._replicas > 1:
-            return losses.tally().vector()
-        if self._is_last and losses.refusal() is None:
-            return losses.total() if losses.non_finite() is None else math.nan
-        return 0.0 if self._is_last or losses.divisor == 0 else 1.0
-
-    def _settle(self, update: Update, losses: Losses, step: int) -> str | None:
-        """After the update: raises where a number was not finite; under fp16 fits the scale and says where it was."""
-        found = update.non_finite
-        stage = None if found is None else self._spec.topology.place(found.rank).stage
-        if self._loss_scale is None:
-            if found is not None and stage is not None:
-                raise gradient_error(found, stage, step, agreed=self._optimizer.agrees)
-            return None
-        if not update.refused:
-            self._loss_scale.update(skipped=found is not None)
-        if found is None or stage is None:
-            return None
-        if self._loss_scale.exhausted:
-            raise scale_error(found, stage, step, self._loss_scale.value, self._loss_scale.skipped)
-        loss = losses.non_finite() if self._is_last else None  # it comes before any gradient
-        return f"stage {stage}, {found}" if loss is None else f"stage {self._stage}, the loss of microbatch {loss[0]}"
-
-    def _outcome(self, losses: Losses, update: Update) -> tuple[float | None, float, str | None]:
-        """On the last stage: the loss, what norms are still to be divided by, and why the batch was refused."""
-        rule = self._spec.rule
-        tallies = [Tally.read(numbers) for numbers in update.told] if self._replicas > 1 else [losses.tally()]
-        refused = losses.refusal_of_terms() or refusal_of(rule, tallies)
-        if refused is not None:
-            return None, 1.0, refused
-        if not any(tally.trains for tally in tallies):
-            losses.total()  # raises
-        total = rule.total([tally.weight for tally in tallies])
-        return losses.loss(total), total / rule.unit if losses.divisor is None else 1.0, None
+        if self._verdict.is_early(losses, self._activity.progress().step):
+            self._optimizer.tell(self._channels(), self._verdict.told(losses))
 
     def _flush(self) -> RankWork[None]:
         yield self._channels().flush()
