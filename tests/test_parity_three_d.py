@@ -18,6 +18,7 @@ def told(replicas: int, shard: str | None) -> dict[str, Any]:
     return {"data_parallel": replicas, "shard": shard if replicas > 1 else None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", SHARDS)
 def test_eight_ranks_train_like_one(ray_session: object, shard: str | None) -> None:
     assert_trains_like_unsplit("llama", 2, 2, **told(2, shard))
@@ -27,7 +28,7 @@ def test_eight_ranks_train_like_one(ray_session: object, shard: str | None) -> N
 @pytest.mark.parametrize(
     ("name", "grid", "shard"),
     [("gpt", grid, shard) for grid in GRIDS for shard in SHARDS if grid[2] > 1 or shard is None]
-    + [("llama_tied", grid, SHARDS[grid[2] - 1]) for grid in GRIDS],
+    + [("llama_tied", grid, "optimizer") for grid in GRIDS[3:]],
 )
 def test_every_grid_trains_like_one(
     ray_session: object, name: str, grid: tuple[int, int, int], shard: str | None

@@ -89,13 +89,13 @@ def test_a_stage_of_two_ranks(ray_session, name) -> None:
     assert_trains_like_unsplit(name, 1, 2)
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama_tied"])
+@pytest.mark.parametrize("name", ["gpt", pytest.param("llama_tied", marks=pytest.mark.slow)])
 def test_two_stages_of_two_ranks(ray_session, name) -> None:
     assert_trains_like_unsplit(name, 2, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", ["llama_tied", "small_by_vocabulary"])
 @pytest.mark.parametrize("schedule", ["zb_h1", "interleaved_1f1b"])
 def test_schedules_with_halves_and_chunks(ray_session, name, schedule) -> None:
     assert_trains_like_unsplit(name, 2 if schedule == "zb_h1" else 1, 2, schedule=schedule)
@@ -106,6 +106,7 @@ def test_four_ranks(ray_session) -> None:
     assert_trains_like_unsplit("llama", 1, 4)
 
 
+@pytest.mark.slow
 def test_residual_dropout_is_that_of_one_rank(ray_session) -> None:
     model = small(dropout=0.3)
     batches = [batch_of(model, ids) for ids in tokens(2)]
