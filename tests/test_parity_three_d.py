@@ -28,7 +28,7 @@ def test_eight_ranks_train_like_one(ray_session: object, shard: str | None) -> N
 @pytest.mark.parametrize(
     ("name", "grid", "shard"),
     [("gpt", grid, shard) for grid in GRIDS for shard in SHARDS if grid[2] > 1 or shard is None]
-    + [("llama_tied", grid, "optimizer") for grid in GRIDS[3:]],
+    + [("llama_tied", GRIDS[-1], "optimizer")],
 )
 def test_every_grid_trains_like_one(
     ray_session: object, name: str, grid: tuple[int, int, int], shard: str | None
@@ -38,10 +38,8 @@ def test_every_grid_trains_like_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
-def test_units_of_a_tensor_group_run_again(ray_session: object, schedule: str) -> None:
-    for name in ("small", "llama"):
-        assert_trains_like_unsplit(name, 2, 2, recompute="full", schedule=schedule, **told(2, "optimizer"))
+def test_units_of_a_tensor_group_run_again(ray_session: object) -> None:
+    assert_trains_like_unsplit("llama", 2, 2, recompute="full", schedule="zb_h1", **told(2, "optimizer"))
 
 
 @pytest.mark.slow
