@@ -109,6 +109,7 @@ def test_a_ray_that_runs_in_this_process_is_used_and_left(ray_session: Session) 
     assert ray.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_elsewhere_is_joined_and_left(ray_session: Session) -> None:
     address = ray.get_runtime_context().gcs_address

@@ -27,7 +27,7 @@ def assert_same_training(found, wanted, tolerance):
     assert set(state) <= set(wanted[2])
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_pairs_train_as_the_unsplit_model(tensor_team, size, tied) -> None:
     model = small(tied=tied).double()

@@ -37,6 +37,7 @@ def both(model: nn.Module, batches: list[Any], **options: Any) -> tuple[Run, Run
     return piped(model, batches, compile=True, **told), piped(model, batches, **{**told, "backend": "local"})
 
 
+@pytest.mark.slow
 def test_one_kind_of_unit_with_dropout() -> None:
     """Two equal units, three steps, the masks of eager dropout."""
     torch.manual_seed(0)
