@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from raypipe.model.weights import LossRule, Rule
@@ -26,6 +28,18 @@ def test_the_divisor_is_of_all_replicas() -> None:
     assert told(Tally(3.0, True, (3.0,)), Tally(5.0, True, (5.0,))) == 8.0
     assert told(Tally(3.0, True), Tally(5.0, True), rule=LossRule(Rule.SAMPLES)) == 1.0
     assert told(Tally(1.0, True), Tally(1.0, True), rule=LossRule(Rule.SUM)) == 1.0
+
+
+def test_it_is_counted_in_the_rules_unit() -> None:
+    assert told(Tally(3.0, True, (3.0,)), Tally(5.0, True, (5.0,)), rule=LossRule(Rule.TARGETS, unit=4.0)) == 2.0
+
+
+def test_a_loss_that_is_not_finite_in_any_share_makes_it_nan() -> None:
+    bad = Tally(3.0, True, (3.0,), finite=False)
+    for rule in (TARGETS, LossRule(Rule.SAMPLES)):
+        assert math.isnan(told(bad, Tally(5.0, True, (5.0,)), rule=rule))
+        assert math.isnan(told(Tally(5.0, True, (5.0,)), bad, rule=rule))
+    assert Tally.read(bad.vector()) == bad
 
 
 def test_a_share_without_a_valid_target_weighs_nothing_and_a_batch_without_one_is_refused() -> None:

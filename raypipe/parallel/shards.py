@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from raypipe.errors import CutError
 from raypipe.parallel.group import TensorGroup
@@ -118,15 +118,6 @@ class Shards:
         """The whole parameter, gathered from all ranks, which must all ask for it."""
         parameter = self._held[name].detach()
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-    @torch.no_grad()
-    def load(self, name: str, whole: Tensor) -> None:
-        """Takes this rank's part of a whole parameter's value."""
-        parameter = self._held[name]
-        if isinstance(parameter, DTensor):
-            placed = distribute_tensor(whole.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
-            whole = _there(placed.to_local())
-        self.parameters[name].copy_(whole)
 
 
 def _plain(parameter: nn.Parameter) -> nn.Parameter:
